@@ -1,0 +1,134 @@
+"""The table of docs/scale.md: what jobs need on TPU topologies, read from train steps compiled ahead of time.
+
+    python benchmarks/scale.py                  # compile the rows that have no result yet, write docs/scale.md
+    python benchmarks/scale.py --only 70b       # only rows whose name contains it
+    python benchmarks/scale.py --again          # compile all rows again
+
+A row takes one to two minutes on two idle cores and needs the TPU compiler (`pip install "jaxft[tpu]"`), no TPU.
+Results are kept in benchmarks/results/scale.json, one row at a time, so an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
+PAGE = ROOT / "docs" / "scale.md"
+MASTERS = ("model.param_dtype=float32", "model.frozen_dtype=bfloat16")  # of what trains; the rest stays bfloat16
+
+# name: (configuration, topology, overrides, the most GiB a chip it should need)
+ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
+    "8b full": ("llama3.1-8b-full", "v5e:4x4", (), 6.0),
+    "8b hft": ("llama3.1-8b-hft", "v5e:4x4", (), 4.3),
+    "8b lora": ("llama3.1-8b-lora", "v5e:4x4", (), 3.2),
+    "8b full, float32 masters": ("llama3.1-8b-full", "v5e:4x4", MASTERS, None),
+    "8b hft, float32 masters": ("llama3.1-8b-hft", "v5e:4x4", MASTERS, None),
+    "8b lora, float32 masters": ("llama3.1-8b-lora", "v5e:4x4", MASTERS, None),
+    "70b hft": ("llama3.1-70b-hft", "v5e:16x16", (), 10.0),
+    "70b full": ("llama3.1-70b-full", "v5p:4x8x8", (), None),
+    "70b lora": ("llama3.1-70b-lora", "v5e:8x16", (), None),
+    "70b hft, 2 slices": (
+        "llama3.1-70b-hft", "2*v5e:16x16", ("mesh.data=2", "mesh.dcn=2", "data.batch_size=512"), None,
+    ),
+    "70b hft, 16 slices": (
+        "llama3.1-70b-hft", "16*v5e:16x16", ("mesh.data=16", "mesh.dcn=16", "data.batch_size=4096"), None,
+    ),
+}  # fmt: skip
+
+
+def compile_row(config: str, topology: str, overrides: tuple[str, ...]) -> dict:
+    """`jaxft plan --json` of one row, in a process of its own: what it allocated is free afterwards."""
+    command = [sys.executable, "-m", "jaxft", "plan", f"configs/{config}.yaml", *overrides, "-t", topology, "--json"]
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # a cached program would compile in no time
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--again", action="store_true", help="compile rows that have a result too")
+    parser.add_argument("--page", action="store_true", help="write the page from the results there are")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name, (config, topology, overrides, _) in ROWS.items():
+        if options.page or options.only not in name or (name in results and not options.again):
+            continue
+        print(f"{name}: {config} on {topology} ...", flush=True)
+        found = compile_row(config, topology, overrides)
+        results[name] = found | {"date": datetime.date.today().isoformat(), "versions": versions()}
+        print(f"  {found['hbm_gib_per_chip']:.2f} GiB a chip, compiled in {found['compile_seconds']:.0f} s", flush=True)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
+
+
+def versions() -> str:
+    """The packages that decide the figures."""
+    found = []
+    for package in ("jax", "libtpu"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} unknown")
+    return ", ".join(found)
+
+
+HEAD = """# Scale
+
+What jobs need on TPUs, by XLA's own TPU compiler, without a TPU: each row is the train step that `jaxft train` would
+run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale.py`; do not edit.
+
+- **HBM**: GiB a chip: arguments, results not written in place, temporaries. *state* is what lives between steps
+  (parameters, moments), *temporary* the rest. AdamW; per-layer recomputation; parameters divided over all chips (FSDP).
+- **FLOPs**: of the compiled step over the least the method needs (forward, gradients of activations, gradients of the
+  weights that train, what is recomputed), loops counted as often as they run.
+- **sent**: GiB one chip sends a step; *hidden*: the part of it that runs beside matrix products.
+- **best**: roofline, every unit at its peak: milliseconds a step and model FLOPs utilisation. A bound, no forecast.
+- **compile**: seconds on the machine of that day, and of CPU time.
+- Everything is bfloat16 unless the row says that what trains has float32 masters and moments.
+
+| job | chips | tokens | HBM (goal) | state | temporary | FLOPs | sent | hidden | best | compile |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def page(results: dict) -> str:
+    """The Markdown page of all rows that have a result."""
+    lines = []
+    for name, (_, topology, _, goal) in ROWS.items():
+        row = results.get(name)
+        if row is None:
+            continue
+        memory = row["memory_gib"]
+        state = memory["trained"] + memory["frozen"] + memory["optimizer"]
+        best = row["roofline"]
+        lines.append(
+            f"| {name} | {topology} | {row['tokens_per_step'] // 1024}k | **{row['hbm_gib_per_chip']:.2f}**"
+            f"{f' ({goal:g})' if goal else ''}{'' if row['fits'] else ', does not fit'} | {state:.2f} | "
+            f"{memory['temporaries'] + memory['results']:.2f} | "
+            + (
+                f"{row['flops_ratio']:.3f} | {sum(row['collective_bytes'].values()) / 2**30:.1f} | "
+                f"{row['collective_share_overlapped']:.0%} | {best['step_seconds'] * 1e3:,.0f} ms, {best['mfu']:.0%} | "
+                if best
+                else "| | | | "
+            )
+            + f"{row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f}) |"
+        )
+    missing = [name for name in ROWS if name not in results]
+    notes = [f"\nCompiled with {', '.join(sorted({r['versions'] for r in results.values()}))}."] if results else []
+    if missing:
+        notes.append(f"\nNot compiled yet: {', '.join(missing)}.")
+    return HEAD + "\n".join(lines) + "\n" + "\n".join(notes) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What ships with the package: the embedded model `nano`, and `build`, which remakes its tokenizer."""

@@ -1,0 +1,72 @@
+"""`jaxft export`: a tuned model for others to use."""
+
+from typing import Annotated
+
+import typer
+
+from jaxft.errors import JaxftError, nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="Output directory of a run, or a delta.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Directory to write: new or empty.")],
+    delta: Annotated[
+        bool, typer.Option("--delta", help="Only what was trained, to be used with the base model.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help=f"Of the weights: {', '.join(DTYPES)}; default: as trained.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Where the base model is, if it moved.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+) -> None:
+    """Write what a run trained: merged into a Hugging Face directory, or as a delta.
+
+    A merged export is read back and its logits are compared with the tuned model's before it appears under its name.
+    Methods whose result no weight of the architecture can hold (soft prompts) export with --delta; `jaxft generate` and
+    `jaxft eval` read deltas, and a delta can be merged later.
+
+    [bold]Examples[/bold]
+
+        jaxft export outputs/run my-model
+
+        jaxft export outputs/run my-model --dtype bfloat16 --overwrite
+
+        jaxft export outputs/run my-delta --delta
+
+        jaxft export my-delta my-model
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise JaxftError(f"--dtype {dtype}: {nearest(dtype, DTYPES)}")
+    if delta and dtype is not None:
+        raise JaxftError("--delta keeps the dtypes of training, so that nothing is lost: drop --dtype")
+    from pathlib import Path
+
+    from jaxft import runs
+    from jaxft.training.compilation import enable_compilation_cache
+
+    enable_compilation_cache()
+    if not runs.is_run(source) and not runs.is_delta(source):
+        raise JaxftError(f"{source} is not the output directory of a run (no config.yaml) nor a delta (no delta.json)")
+    if not overwrite:
+        runs.refuse_occupied(Path(output), None)  # before the model is loaded
+    loaded = runs.load(source, base=base)
+    if delta:
+        written = runs.save_delta(loaded, output, overwrite=overwrite)
+        typer.echo(
+            f"Wrote what {source} trained in {loaded.step} steps to {output}: {written / 2**20:.2f} MiB of arrays."
+        )
+        typer.echo(f"Try:  jaxft generate {output} -p '...'   or   jaxft export {output} MERGED")
+        return
+    found = runs.export(loaded, output, dtype=dtype, overwrite=overwrite)
+    typer.echo(
+        f"Wrote {output}, read it back, and compared its logits with the tuned model's on {found.prompts} x "
+        f"{found.tokens} "
+        f"tokens: they differ by at most {found.largest_difference:.2g} (their standard deviation is "
+        f"{found.logit_deviation:.2g})."
+    )
+    typer.echo(
+        f"Load it with transformers' AutoModelForCausalLM.from_pretrained({output!r}), or: jaxft generate "
+        f"{output} -p '...'"
+    )

@@ -1,0 +1,408 @@
+"""What a compiled program does, read from its optimised HLO text: FLOPs with loop trip counts, and collectives.
+
+XLA's own cost analysis counts the body of a loop once; a step that scans over layers needs it counted as often as it
+runs. The text is what `jax.stages.Compiled.as_text()` returns: one device's program, instructions in scheduled order.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+DTYPE_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
+    "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3": 1, "f4e2m1fn": 0.5, "c64": 8,
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+[a-z]*)?)\[([\d,<=]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO. `result` is its type as text, `operands` names, `attributes` the text after them."""
+
+    name: str
+    opcode: str
+    result: str
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    @functools.cached_property
+    def called(self) -> dict[str, tuple[str, ...]]:
+        """The computations it calls, by role (`calls`, `body`, `condition`, `branch_computations`, ...)."""
+        return {
+            role: tuple(n.strip().lstrip("%") for n in names.strip("{}").split(","))
+            for role, names in _CALLED.findall(self.attributes)
+        }
+
+    @property
+    def op_name(self) -> str:
+        """Where in the JAX program it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """`(dtype, dimensions)` of the arrays of its result."""
+        return arrays(self.result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """The computations of a program by name, each a list of instructions in scheduled order."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+
+def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """`(dtype, dimensions)` of every array in a type."""
+    return [
+        (dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d))
+        for dtype, dims in _ARRAY.findall(text)
+        if dtype in DTYPE_BYTES
+    ]
+
+
+def num_bytes(shapes: list[tuple[str, tuple[int, ...]]]) -> float:
+    return sum(DTYPE_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes)
+
+
+def _balanced(text: str, start: int) -> int:
+    """The position after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"unbalanced parentheses in HLO: {text[start : start + 80]}")
+
+
+def parse(text: str) -> Module:
+    """Read HLO text. Raises ValueError if it has no entry computation."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None or not line.startswith(" "):
+            head = _COMPUTATION.match(line)
+            if head:
+                current = computations[head[2]] = []
+                entry = head[2] if head[1] else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if not found:
+            continue
+        rest = line[found.end() :]
+        end = _balanced(rest, 0) if rest.startswith("(") else rest.index(" ")
+        result, rest = rest[:end], rest[end:].lstrip()
+        opened = rest.index("(")
+        closed = _balanced(rest, opened)
+        arguments = rest[opened + 1 : closed - 1]
+        current.append(
+            Instruction(
+                name=found[2],
+                opcode=rest[:opened],
+                result=result,
+                operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+                arguments=arguments,
+                attributes=rest[closed:],
+                is_root=bool(found[1]),
+            )
+        )
+    if not entry:
+        raise ValueError("the text is no HLO module: it has no ENTRY computation")
+    return Module(computations, entry)
+
+
+# --- trip counts ------------------------------------------------------------------------------------------------------
+
+
+def trip_count(module: Module, loop: Instruction, caller: dict[str, Instruction]) -> int:
+    """How often the body of a `while` runs: what XLA noted, else `limit - start` of its counter.
+
+    Raises ValueError for a loop that counts in no way we can read (a data-dependent one).
+    """
+    noted = re.search(r'known_trip_count\D*?"?n"?\D*?(\d+)', loop.attributes)
+    if noted:
+        return int(noted[1])
+    condition = {i.name: i for i in module.computations[loop.called["condition"][0]]}
+    root = next(i for i in condition.values() if i.is_root)
+    compared = [_through_copies(condition, name) for name in root.operands]
+    if root.opcode == "fusion":
+        inner = {i.name: i for i in module.computations[root.called["calls"][0]]}
+        parameters = {i.name: compared[int(i.arguments)] for i in inner.values() if i.opcode == "parameter"}
+        root = next(i for i in inner.values() if i.is_root)
+        compared = [parameters.get(n) or inner[n] for n in root.operands]
+    limit = next((int(i.arguments) for i in compared if i.opcode == "constant"), None)
+    counter = next((i for i in compared if i.opcode == "get-tuple-element"), None)
+    direction = re.search(r"direction=(\w+)", root.attributes)
+    if limit is None or counter is None or root.opcode != "compare" or direction is None:
+        raise ValueError(f"cannot read the trip count of {loop.name} ({loop.op_name})")
+    index = _tuple_index(counter)
+    initial = caller.get(loop.operands[0])
+    start = _through_copies(caller, initial.operands[index]) if initial and initial.opcode == "tuple" else None
+    first = int(start.arguments) if start is not None and start.opcode == "constant" else 0
+    step = _step(module, loop.called["body"][0], index)
+    if step is None:
+        raise ValueError(f"cannot read the step of the counter of {loop.name} ({loop.op_name})")
+    return -(-(limit - first + (direction[1] == "LE")) // step)
+
+
+def _step(module: Module, name: str, index: int) -> int | None:
+    """What a computation adds to element `index` of its tuple: more than 1 in loops that XLA unrolled."""
+    scope = {i.name: i for i in module.computations[name]}
+    root = next(i for i in scope.values() if i.is_root)
+    if root.opcode != "tuple":
+        return None
+    element = _through_copies(scope, root.operands[index])
+    if element.opcode == "get-tuple-element" and scope[element.operands[0]].opcode == "fusion":
+        inner = scope[element.operands[0]].called["calls"][0]
+        return _step(module, inner, _tuple_index(element))
+    if element.opcode == "fusion":
+        scope = {i.name: i for i in module.computations[element.called["calls"][0]]}
+        element = next(i for i in scope.values() if i.is_root)
+    if element.opcode != "add":
+        return None
+    added = [_through_copies(scope, name) for name in element.operands]
+    return next((int(i.arguments) for i in added if i.opcode == "constant"), None)
+
+
+def _tuple_index(op: Instruction) -> int:
+    """Which element of its operand a `get-tuple-element` takes."""
+    found = re.search(r"index=(\d+)", op.attributes)
+    if found is None:
+        raise ValueError(f"{op.name} ({op.opcode}) takes no element of a tuple")
+    return int(found[1])
+
+
+def _through_copies(scope: dict[str, Instruction], name: str) -> Instruction:
+    found = scope[name]
+    while found.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start") and found.operands:
+        found = scope[found.operands[0]]
+    return found
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def dot_flops(op: Instruction, scope: dict[str, Instruction]) -> float:
+    """FLOPs of a `dot`: two for every multiply-add."""
+    lhs = scope[op.operands[0]].shapes[0][1]
+    dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+    contracted = math.prod(lhs[int(d)] for d in dims[1].split(",") if d) if dims else 1
+    return 2 * math.prod(op.shapes[0][1]) * contracted
+
+
+def convolution_flops(op: Instruction, scope: dict[str, Instruction]) -> float:
+    """FLOPs of a `convolution`, which is how the TPU compiler writes matrix products. Padding costs nothing."""
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", op.attributes)
+    if labels is None:
+        raise ValueError(f"cannot read the dimension labels of {op.name} ({op.op_name})")
+    lhs_labels, rhs_labels, out_labels = labels.groups()
+    lhs, rhs = (dict(zip(labels, scope[o].shapes[0][1], strict=True))
+                for labels, o in zip((lhs_labels, rhs_labels), op.operands, strict=False))  # fmt: skip
+    out = dict(zip(out_labels, op.shapes[0][1], strict=True))
+    window = re.search(r"window=\{([^}]*)\}", op.attributes)
+    fields = dict(f.split("=") for f in window[1].split()) if window else {}
+    spatial = sorted(d for d in lhs_labels if d.isdigit())
+
+    def field(name: str, default: str) -> list[str]:
+        return fields[name].split("x") if name in fields else [default] * len(spatial)
+
+    valid = 1
+    for d, stride, pad, holes, dilation in zip(
+        spatial, field("stride", "1"), field("pad", "0_0"), field("lhs_dilate", "1"), field("rhs_dilate", "1"),
+        strict=True,
+    ):  # fmt: skip
+        low, base, size = int(pad.split("_")[0]), int(holes), lhs[d]
+        last = (size - 1) * base
+        positions = (o * int(stride) + k * int(dilation) - low for o in range(out[d]) for k in range(rhs[d]))
+        valid *= sum(0 <= p <= last and p % base == 0 for p in positions)
+    return 2 * out["b"] * out["f"] * rhs["i"] * valid
+
+
+Kernels = Callable[[Instruction, list[tuple[str, tuple[int, ...]]]], float]
+"""`(custom call, shapes of its operands) -> FLOPs`, for kernels whose inside HLO does not show."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective that a program runs `times` times (on average, inside conditionals).
+
+    kind: the HLO opcode; a reduce-scatter written as all-reduce and slice counts as reduce-scatter.
+    bytes_sent: by one device, each time. result: types. group: how many devices take part.
+    is_async: runs beside computation by its form (a start and a done). overlapped: matrix products run in between.
+    in_conditional: whether it runs only if a predicate says so.
+    """
+
+    kind: str
+    bytes_sent: float
+    result: list[tuple[str, tuple[int, ...]]]
+    group: int
+    times: float
+    is_async: bool
+    overlapped: bool
+    in_conditional: bool
+    op_name: str
+
+    @property
+    def total_bytes(self) -> float:
+        return self.bytes_sent * self.times
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Costs of one run of a program on one device.
+
+    flops: of matrix products and known kernels; conditionals at the share given. least_flops, most_flops: if every
+    conditional takes its cheaper, its dearer branch. kernels: calls of custom kernels by name.
+    """
+
+    flops: float
+    least_flops: float
+    most_flops: float
+    collectives: list[Collective]
+    kernels: dict[str, float]
+
+    def bytes_by_kind(self) -> dict[str, float]:
+        """Bytes one device sends in a run, by kind of collective."""
+        total: dict[str, float] = defaultdict(float)
+        for c in self.collectives:
+            total[c.kind] += c.total_bytes
+        return dict(sorted(total.items()))
+
+    def full_gathers(self, limit: float) -> list[Collective]:
+        """All-gathers whose result has an array above `limit` bytes (say, the largest matrix of one layer)."""
+        return [c for c in self.collectives if c.kind == "all-gather" and max(num_bytes([a]) for a in c.result) > limit]
+
+
+def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call, operands: 0.0) -> Costs:
+    """FLOPs and collectives of a program, bodies of loops counted as often as they run.
+
+    Args:
+        taken: how often a conditional takes the branch with more FLOPs (for a `Split`, the share of layers that train).
+        kernels: FLOPs of custom calls.
+    """
+
+    @functools.cache
+    def flops(name: str, share: float) -> float:
+        scope = {i.name: i for i in module.computations[name]}
+        return sum(own(i, scope) + inside(i, scope, share) for i in scope.values())
+
+    def own(op: Instruction, scope: dict[str, Instruction]) -> float:
+        if op.opcode == "dot":
+            return dot_flops(op, scope)
+        if op.opcode == "convolution":
+            return convolution_flops(op, scope)
+        if op.opcode == "custom-call":
+            return kernels(op, [s for o in op.operands if o in scope for s in scope[o].shapes])
+        return 0.0
+
+    def inside(op: Instruction, scope: dict[str, Instruction], share: float) -> float:
+        return sum(t * flops(n, share) for n, t in parts(op, scope, share))
+
+    def parts(op: Instruction, scope: dict[str, Instruction], share: float) -> Iterator[tuple[str, float]]:
+        """The computations an instruction runs, and how often."""
+        if op.opcode == "while":
+            yield op.called["body"][0], trip_count(module, op, scope)
+        elif op.opcode == "conditional":
+            branches = branches_of(op)
+            dearest = max(branches, key=lambda n: flops(n, 1.0))
+            for name in branches:
+                yield name, share if name == dearest else (1 - share) / max(len(branches) - 1, 1)
+        elif op.opcode in ("fusion", "call", "async-start"):
+            yield from ((n, 1) for n in op.called.get("calls", ()) + op.called.get("to_apply", ()))
+
+    def branches_of(op: Instruction) -> list[str]:
+        names = op.called.get("branch_computations")
+        return list(names or op.called["true_computation"] + op.called["false_computation"])
+
+    found: list[Collective] = []
+    calls: dict[str, float] = defaultdict(float)
+
+    def visit(name: str, times: float, conditional: bool, is_async: bool) -> None:
+        instructions = module.computations[name]
+        scope = {i.name: i for i in instructions}
+        starts_chain = any('"AsyncCollectiveStart"' in i.attributes for i in instructions)
+        scatters = "all-reduce-scatter" in name
+        for position, op in enumerate(instructions):
+            kind = op.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                chained = "chain_id=" in op.attributes  # one gather spread over several fusions: counted at its start
+                if chained and not starts_chain:
+                    continue
+                started = op.opcode.endswith("-start")
+                overlapped = chained or (started and _computes_until_done(instructions, position, scope, work))
+                scattered = scatters and kind == "all-reduce"
+                kind = "reduce-scatter" if scattered else kind
+                hidden = chained or started or is_async
+                found.append(_collective(op, kind, scope, times, hidden, overlapped, conditional))
+            elif op.opcode == "custom-call" and own(op, scope):
+                calls[re.sub(r"\.\d+$", "", op.name)] += times
+            for called, count in parts(op, scope, taken):
+                visit(called, times * count, conditional or op.opcode == "conditional", op.opcode == "async-start")
+
+    def work(op: Instruction, scope: dict[str, Instruction]) -> bool:
+        return own(op, scope) + inside(op, scope, 1.0) > 0
+
+    visit(module.entry, 1.0, False, False)
+    return Costs(flops(module.entry, taken), flops(module.entry, 0.0), flops(module.entry, 1.0), found, dict(calls))
+
+
+def _computes_until_done(
+    instructions: list[Instruction], position: int, scope: dict[str, Instruction], work: Callable[..., bool]
+) -> bool:
+    """Whether a matrix product is scheduled between the start at `position` and its done."""
+    start = instructions[position]
+    for op in instructions[position + 1 :]:
+        if start.name in op.operands and op.opcode.endswith("-done"):
+            return False
+        if work(op, scope):
+            return True
+    return False
+
+
+def _collective(
+    op: Instruction, kind: str, scope: dict, times: float, is_async: bool, overlapped: bool, conditional: bool
+) -> Collective:
+    result = op.shapes
+    if op.opcode.endswith("-start") and op.opcode != "all-reduce-start":
+        # A start returns (operands, results, contexts): the results are the second half of the arrays that are data.
+        data = [a for a in result if len(a[1]) > 0]
+        result = data[len(data) // 2 :]
+    operands = [s for o in op.operands if o in scope for s in scope[o].shapes]
+    group = group_size(op.attributes)
+    share = (group - 1) / group if group else 1.0
+    sent = {
+        "all-gather": share * num_bytes(result),
+        "all-reduce": 2 * share * num_bytes(result),
+        "reduce-scatter": share * num_bytes(operands),
+        "collective-permute": num_bytes(result),
+    }.get(kind, share * num_bytes(result))
+    return Collective(kind, sent, result, group, times, is_async, overlapped, conditional, op.op_name)
+
+
+def group_size(attributes: str) -> int:
+    """How many devices a collective runs over; 0 where it does not say (all of them)."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    if mesh:
+        sizes = {a: int(n) for a, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        group = 1
+        for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2]):
+            group *= int(part) if part else sizes[axis]
+        return group
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
+    if iota:
+        return int(iota[2])
+    explicit = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    return len(explicit[1].split(",")) if explicit and explicit[1] else 0

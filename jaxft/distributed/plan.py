@@ -1,0 +1,527 @@
+"""What a run needs on a TPU topology, before one is rented: the train step that will run, compiled ahead of time.
+
+`plan(config, topology)` builds the model, the method and the optimizer of a configuration as shapes, compiles the train
+step with XLA's own TPU compiler and reads the result: memory of a chip and what for, FLOPs, collectives, and a roofline
+estimate of the step time.
+"""
+
+import dataclasses
+import math
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxft.distributed import hlo
+from jaxft.distributed.mesh import make_mesh
+from jaxft.distributed.sharding import ShardingReport, batch_spec, check_batch, fit_spec, row_shards
+from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyError, parse_topology, topology_devices
+from jaxft.hub import load_model
+from jaxft.methods import Probe, build
+from jaxft.partition import DECODER_ROLES, combine, weights_by_path
+from jaxft.training.loss import language_model_loss
+from jaxft.training.optimizer import make_optimizer, make_schedule
+from jaxft.training.precision import Precision, dtype
+from jaxft.training.state import abstract_state, shardings_of, tuned_of
+from jaxft.training.step import make_train_step
+from jaxft.weights import LowRank, SiteModule, Split, is_node
+
+Tree = Any
+_UNKNOWN_LENGTH = 1000  # steps of a schedule whose length depends on the data; changes one constant of the program
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The time of a step if every unit ran at its peak; a real step takes longer.
+
+    Seconds of matrix products, of reading memory, of sending to other chips (all, and what no computation hides), of
+    the network between slices. `mfu`: FLOPs of the model without recomputation over those the chips could do in
+    `step_seconds`. `assumptions`: what the estimate takes for granted.
+    """
+
+    compute_seconds: float
+    memory_seconds: float
+    collective_seconds: float
+    exposed_collective_seconds: float
+    network_seconds: float
+    step_seconds: float
+    mfu: float
+    tokens_per_second: float
+    assumptions: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a topology. Memory in GiB of one chip, FLOPs of all chips, collective bytes sent by one chip a step.
+
+    fits: whether the program fits the memory of a chip. hbm_gib_per_chip: arguments, results that are not written in
+    place, and temporaries; where the compiler gave up for lack of memory, what it would have needed.
+    memory_gib: the same by purpose: trained, frozen, optimizer, batch, results, temporaries (activations, gradients,
+    gathered weights). compile_cpu_seconds: of all cores, what `compile_seconds` depends on besides the machine's load.
+    flops_per_step, flops_ratio: what the compiled step computes, and that over `model_flops`; None
+    where it did not compile. model_flops: the least the method needs: forward, gradients of activations, gradients of
+    the weights that train, and what `remat` recomputes. collective_share_overlapped: of the bytes, those sent while
+    matrix products run. advice: what to change, best first; empty if it fits.
+    """
+
+    topology: str
+    num_chips: int
+    mesh: dict[str, int]
+    method: str
+    parameters: int
+    trained_parameters: int
+    tokens_per_step: int
+    fits: bool
+    hbm_gib_per_chip: float
+    hbm_gib_available: float
+    memory_gib: dict[str, float]
+    compile_seconds: float
+    compile_cpu_seconds: float
+    flops_per_step: float | None
+    model_flops: float
+    flops_ratio: float | None
+    collective_bytes: dict[str, float]
+    collective_share_overlapped: float
+    roofline: Roofline | None
+    advice: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A train step compiled for a topology, and the shapes it was compiled for."""
+
+    step: Any  # jax.stages.Compiled, or None where the compiler ran out of memory
+    needed_bytes: int | None  # what the compiler said it would need, where it ran out of memory
+    seconds: float
+    cpu_seconds: float
+    state: Tree
+    frozen: Tree
+    batch: Tree
+
+
+def plan(config: Any, topology: str | Topology) -> Plan:
+    """Compile the train step of a configuration for a topology and report what it needs.
+
+    Args:
+        config: a checked configuration (`jaxft.config.load_config`); `model.path` may be `preset:NAME`, for the shapes
+            of a well-known model. Data is not read.
+        topology: a name such as `v5e:4x4` (see `parse_topology`).
+
+    Raises:
+        TopologyError: an unknown topology, or the TPU compiler is not installed.
+        MeshError: the mesh or the batch does not divide over the topology.
+        JaxftError: the model or the method cannot be planned.
+    """
+    topology = parse_topology(topology) if isinstance(topology, str) else topology
+    devices = topology_devices(topology)
+    if len(devices) != topology.num_chips:
+        raise TopologyError(
+            f"the TPU compiler shows the {topology.num_chips} chips of {topology} as {len(devices)} devices, two a "
+            "chip, which is not how they run: plan for v5e, v5p or v6e"
+        )
+    if config.mesh.dcn != topology.slices:
+        raise TopologyError(
+            f"{topology} has {topology.slices} slices and mesh.dcn = {config.mesh.dcn}: set mesh.dcn={topology.slices}"
+            + (f" and mesh.data to a multiple of {topology.slices}" if topology.slices > 1 else "")
+        )
+    mesh = make_mesh(config.mesh, devices)
+    training, data = config.training, config.data
+    check_batch(data.batch_size, data.seq_len, mesh, training.accumulation)
+    model = load_model(config.model.path)
+    report = ShardingReport()
+    compiled = compile_step(config, model, mesh, report)
+    return read_plan(config, model, topology, mesh, compiled, tuple(str(report).splitlines()))
+
+
+def abstract_batch(rows: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and shardings of a training batch of packed rows."""
+    sharding = NamedSharding(mesh, fit_spec("batch", (rows, seq_len), batch_spec(2), mesh))
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+    return {name: jax.ShapeDtypeStruct((rows, seq_len), kind, sharding=sharding) for name, kind in dtypes.items()}
+
+
+def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | None = None) -> Compiled:
+    """The train step of a configuration, compiled for the devices of `mesh`, which need not be here."""
+    training, settings = config.training, config.model
+    precision = Precision(settings.param_dtype, settings.frozen_dtype, settings.compute_dtype)
+    method = build(config.method)
+    schedule = make_schedule(training.learning_rate, training.steps or _UNKNOWN_LENGTH)
+    optimizer = make_optimizer(training.optimizer, schedule)
+    state, frozen = abstract_state(
+        method,
+        model.abstract(dtype(settings.param_dtype)),
+        optimizer,
+        jax.random.key(config.seed),
+        mesh,
+        logical_axes=model.logical_axes(),
+        probe=Probe(trainer=lambda params, method, steps: params, total_steps=training.steps or _UNKNOWN_LENGTH),
+        precision=precision,
+        report=report,
+    )
+    loss = language_model_loss(
+        model,
+        compute_dtype=dtype(settings.compute_dtype),
+        remat=settings.remat,
+        attention=settings.attention,
+        z_loss=training.z_loss,
+        row_shards=row_shards(mesh),
+    )
+    step = make_train_step(
+        loss,
+        method,
+        optimizer,
+        accumulation=training.accumulation,
+        clip_norm=training.clip_norm,
+        schedule=schedule,
+        shardings=shardings_of(state),
+    )
+    batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, frozen, batch)
+    try:
+        with warnings.catch_warnings():
+            # A program for devices that are not here cannot be read from the compilation cache; it is compiled then.
+            warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache")
+            compiled, needed = lowered.compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        compiled, needed = None, needed_bytes(str(error), shard_bytes((state, frozen, batch)))
+        if needed is None:
+            raise
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return Compiled(compiled, needed, seconds, cpu_seconds, state, frozen, batch)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+def needed_bytes(message: str, held: int) -> int | None:
+    """How much memory the compiler says the program needs, in the message with which it gives up; else None.
+
+    It names the whole, or the temporaries alone, to which the `held` bytes of arguments come.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    if found := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
+        return int(float(found[1]) * _UNITS[found[2]])
+    if found := re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\)", message):
+        return held + int(float(found[1]) * _UNITS[found[2]])
+    return None
+
+
+def shard_bytes(tree: Tree) -> int:
+    """Bytes of the arrays of an abstract tree that one device holds."""
+    total = 0
+    for a in jax.tree.leaves(tree):
+        itemsize = 8 if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.dtype(a.dtype).itemsize
+        total += math.prod(a.sharding.shard_shape(a.shape)) * itemsize
+    return total
+
+
+def read_plan(
+    config: Any, model: Any, topology: Topology, mesh: Mesh, compiled: Compiled, notes: tuple[str, ...] = ()
+) -> Plan:
+    """The figures of a compiled step."""
+    rows, seq_len = config.data.batch_size, config.data.seq_len
+    tuned = tuned_of(compiled.state, compiled.frozen)
+    available = topology.chip.hbm_bytes - RESERVED_HBM
+    memory = {
+        "trained": shard_bytes(compiled.state.trainable),
+        "frozen": shard_bytes(compiled.frozen),
+        "optimizer": shard_bytes(compiled.state.opt_state),
+        "batch": shard_bytes(compiled.batch),
+    }
+    held = sum(memory.values())
+    useful = model_flops(model.config, tuned, rows, seq_len, "none")
+    least = model_flops(model.config, tuned, rows, seq_len, config.model.remat)
+    flops, moved, overlapped, roofline = None, {}, 0.0, None
+    if compiled.step is None:
+        assert compiled.needed_bytes is not None  # the compiler said so when it gave up
+        needed = compiled.needed_bytes
+        memory |= {"results": 0, "temporaries": max(needed - held, 0)}
+    else:
+        stats = compiled.step.memory_analysis()
+        results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        needed = stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
+        memory |= {"results": results, "temporaries": stats.temp_size_in_bytes}
+        costs = hlo.costs(
+            hlo.parse(compiled.step.as_text()),
+            taken=trained_share(combine(tuned)),
+            kernels=attention_kernels(model.config, seq_len),
+        )
+        flops = costs.flops * topology.num_chips
+        moved = costs.bytes_by_kind()
+        total = sum(moved.values())
+        overlapped = sum(c.total_bytes for c in costs.collectives if c.overlapped) / total if total else 1.0
+        passes = 3 if config.model.remat == "block" else 2
+        weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((compiled.state.trainable, compiled.frozen)))
+        read = passes * config.training.accumulation * weights / mesh.shape["tensor"] / mesh.shape["expert"]
+        read += 2 * (memory["trained"] + memory["optimizer"])
+        gradients = 4 * sum(a.size for a in jax.tree.leaves(compiled.state.trainable)) / mesh.shape["fsdp"]
+        roofline = estimate(topology, costs, read, gradients, useful, rows * seq_len)
+    fits = compiled.step is not None and needed <= available
+    return Plan(
+        topology=str(topology),
+        num_chips=topology.num_chips,
+        mesh={axis: size for axis, size in mesh.shape.items()},
+        method=" + ".join(m["name"] for m in config.method),
+        parameters=sum(math.prod(a.shape) for a in jax.tree.leaves(model.abstract())),
+        trained_parameters=sum(math.prod(a.shape) for a in jax.tree.leaves(compiled.state.trainable)),
+        tokens_per_step=rows * seq_len,
+        fits=fits,
+        hbm_gib_per_chip=needed / GIB,
+        hbm_gib_available=available / GIB,
+        memory_gib={name: size / GIB for name, size in memory.items()},
+        compile_seconds=compiled.seconds,
+        compile_cpu_seconds=compiled.cpu_seconds,
+        flops_per_step=flops,
+        model_flops=least,
+        flops_ratio=None if flops is None else flops / least,
+        collective_bytes=moved,
+        collective_share_overlapped=overlapped,
+        roofline=roofline,
+        advice=() if fits else advice(config, mesh, topology, memory, needed - available),
+        notes=notes,
+    )
+
+
+# --- FLOPs a method needs ---------------------------------------------------------------------------------------------
+
+
+def trained_share(params: Tree) -> float:
+    """Of the entries of all `Split` weights, the part that trains: how often a conditional weight gradient runs."""
+    splits = [w for w in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Split)) if isinstance(w, Split)]
+    trained = sum(math.prod(w.trainable.shape) for w in splits)
+    frozen = sum(math.prod(a.shape) for w in splits for a in jax.tree.leaves(w.frozen))
+    return trained / (trained + frozen) if splits else 1.0
+
+
+def visible_pairs(seq_len: int, window: int | None = None) -> int:
+    """How many (query, key) pairs causal attention over one row sees."""
+    window = min(window or seq_len, seq_len)
+    return window * (window + 1) // 2 + (seq_len - window) * window
+
+
+def _windows(config: Any) -> list[int | None]:
+    return [config.sliding_window if slides else None for slides in config.sliding_layers]
+
+
+def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) -> float:
+    """The least FLOPs of a step: two for each multiply-add of matrix products, everything else free.
+
+    With T tokens, P entries of the matrices a token passes (low-rank factors included, the embedding table not) and
+    P_t entries that train: 2TP forward, 2TP gradients of activations, 2TP_t gradients of weights. Causal attention
+    costs `4 heads head_dim` a visible pair forward, 2.5 times that backward (the scores are recomputed, as flash
+    attention does). `remat="block"` repeats the forward pass of the layers but for their last projection, whose result
+    no gradient needs; the other policies but `none` repeat attention only.
+    """
+    params, tokens = combine(tuned), rows * seq_len
+    in_layers = last = outside = 0.0
+    for path, w in weights_by_path(params).items():
+        entries = _entries(path, w) * _active_share(config, path)
+        if path.startswith("embed."):
+            outside += 0 if "head" in params else entries
+        elif DECODER_ROLES.is_stacked(path):
+            in_layers += entries
+            # What a low-rank factor reads is needed for its gradient even where the sum is not.
+            skipped = entries - _entries(path, w.a) if isinstance(w, LowRank) else entries
+            last += skipped if ".down." in path else 0
+        else:
+            outside += entries
+    trained = sum(
+        math.prod(a.shape) * _active_share(config, path)
+        for path, a in _trained_matrices(tuned).items()
+        if not (path.startswith("embed.") and "head" in params)
+    )
+    sites = params.get("layers", {}).get("sites", {})
+    if any(name in sites for name in ("mlp.down", "mlp", "block")):  # something after it needs the last result
+        last = 0
+    pairs = rows * sum(visible_pairs(seq_len, window) for window in _windows(config))
+    attention = 4 * config.num_heads * config.head_dim * pairs
+    total = 4 * tokens * (in_layers + outside) + 2 * tokens * trained + 3.5 * attention
+    if remat == "block":
+        total += 2 * tokens * (in_layers - last)
+    return total + (attention if remat != "none" else 0)
+
+
+def _active_share(config: Any, path: str) -> float:
+    """The part of a weight's entries that one token passes: experts it is routed to."""
+    experts = getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_token", None)
+    return chosen / experts if experts and chosen and ".experts." in path else 1.0
+
+
+def _is_matrix(path: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) - DECODER_ROLES.is_stacked(path) >= 2
+
+
+def _entries(path: str, w: Any) -> int:
+    """Entries of the matrix products a weight makes a token pass."""
+    if isinstance(w, LowRank):
+        return _entries(path, w.base) + _entries(path, w.a) + _entries(path, w.b)
+    if isinstance(w, SiteModule):
+        arrays = [a for a in jax.tree.leaves(w, is_leaf=lambda x: is_node(x) and x is not w)]
+        return sum(_entries(path, a) for a in arrays) if "prompt" not in path else 0
+    if isinstance(w, Split):
+        frozen = w.frozen if not is_node(w.frozen) else jax.eval_shape(lambda n: n, w.frozen)
+        return _entries(path, w.trainable) + (
+            _entries(path, frozen) if is_node(frozen) else math.prod(frozen.shape) * _is_matrix(path, frozen.shape)
+        )
+    if is_node(w):
+        inner = getattr(w, "base", None)
+        if inner is None:
+            inner = getattr(w, "value", None)
+        if inner is not None:
+            return _entries(path, inner)
+        return max((_entries(path, a) for a in jax.tree.leaves(w)), default=0)
+    return math.prod(w.shape) if _is_matrix(path, w.shape) else 0
+
+
+def _trained_matrices(tuned: Any) -> dict[str, Any]:
+    """The trained arrays that are entries of matrices, by path."""
+    whole = {path: w for path, w in weights_by_path(combine(tuned)).items()}
+    found = {}
+    for keys, a in jax.tree_util.tree_leaves_with_path(tuned.trainable):
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        owner = next((p for p in whole if path == p or path.startswith(p + ".")), None)
+        if owner is not None and _entries(owner, whole[owner]):
+            found[path] = a
+    return found
+
+
+def attention_kernels(config: Any, seq_len: int) -> hlo.Kernels:
+    """FLOPs of the splash attention kernels, which compute whole blocks and skip those that nothing sees."""
+
+    def share(block: int, window: int | None) -> float:
+        count = seq_len // block
+        seen = sum((q - k) * block - (block - 1) < (window or seq_len) for q in range(count) for k in range(q + 1))
+        return seen / count**2
+
+    products = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of `[block, head_dim, block]` each
+
+    def flops(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]]) -> float:
+        found = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", op.name)
+        if not found:
+            return 0.0
+        inputs, results = (
+            [dims for _, dims in arrays if len(dims) >= 3 and dims[-1] == config.head_dim]
+            for arrays in (operands, op.shapes)
+        )
+        queries = max(math.prod(dims) for dims in inputs)
+        keys = max(dims[-2] for dims in inputs)
+        fused = max(math.prod(dims) for dims in results) > queries  # gradients of queries by block of keys
+        block = next(b for b in (512, 256, 128) if seq_len % b == 0)
+        average = sum(share(block, w) for w in _windows(config)) / config.num_layers
+        return 2 * (5 if fused else products[found[1]]) * queries * keys * average
+
+    return flops
+
+
+# --- roofline ---------------------------------------------------------------------------------------------------------
+
+NETWORK_BYTES_PER_SECOND = 6.25e9  # between slices: 200 Gbit/s of a host of four chips
+
+
+def estimate(
+    topology: Topology, costs: hlo.Costs, read_bytes: float, gradient_bytes: float, useful_flops: float, tokens: int
+) -> Roofline:
+    """The roofline of a step on one chip of a topology.
+
+    Args:
+        costs: of the compiled step.
+        read_bytes: memory traffic of weights and optimizer state, of one chip.
+        gradient_bytes: gradients that one chip exchanges with its peers of other slices.
+        useful_flops: of the model without recomputation, on all chips.
+        tokens: of a step.
+    """
+    chip = topology.chip
+    bandwidth = 2 * chip.link_bandwidth
+    compute = costs.flops / chip.flops
+    memory = read_bytes / chip.hbm_bandwidth
+    collective = sum(c.total_bytes for c in costs.collectives) / bandwidth
+    hidden = sum(c.total_bytes for c in costs.collectives if c.overlapped) / bandwidth
+    network = 0.0
+    if topology.slices > 1:
+        network = 2 * (topology.slices - 1) / topology.slices * gradient_bytes / NETWORK_BYTES_PER_SECOND
+    step = max(compute, memory, hidden) + collective - hidden + network
+    return Roofline(
+        compute_seconds=compute,
+        memory_seconds=memory,
+        collective_seconds=collective,
+        exposed_collective_seconds=collective - hidden,
+        network_seconds=network,
+        step_seconds=step,
+        mfu=useful_flops / (step * chip.flops * topology.num_chips),
+        tokens_per_second=tokens / step,
+        assumptions=(
+            f"{chip.generation}: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.hbm_bandwidth / 1e9:.0f} GB/s memory, "
+            f"{chip.link_bandwidth / 1e9:.0f} GB/s a link and direction ({chip.source})",
+            "matrix products at peak; weights are read once a pass, optimizer state read and written once",
+            "collectives use both directions of one ring of links, and those the compiler overlaps with matrix "
+            "products cost nothing unless they take longer than those",
+            "between slices, the exchange of gradients is not overlapped and runs at "
+            f"{NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s a chip",
+        ),
+    )
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+def advice(config: Any, mesh: Mesh, topology: Topology, memory: Mapping[str, float], excess: float) -> tuple[str, ...]:
+    """What to change where a run needs `excess` bytes more than a chip has: settings, with the GiB each would save."""
+    found: list[tuple[float, str]] = []
+    weights = memory["trained"] + memory["frozen"] + memory["optimizer"]
+    temporaries = memory["temporaries"]
+    chips, shards = topology.num_chips, row_shards(mesh)
+
+    def propose(saves: float, text: str) -> None:
+        if saves > 0:
+            found.append((saves, f"{text} (saves about {saves / GIB:.1f} GiB a chip)"))
+
+    if config.model.remat != "block":
+        propose(temporaries * 0.6, "model.remat=block: keep only the input of each layer")
+    most = chips // (mesh.shape["tensor"] * mesh.shape["sequence"] * mesh.shape["expert"]) // topology.slices
+    if mesh.shape["fsdp"] < most:
+        saved = weights * (1 - mesh.shape["fsdp"] / most)
+        propose(saved, f"mesh.data={topology.slices} mesh.fsdp={most}: divide parameters and moments over more chips")
+    rows = config.data.batch_size // shards
+    pieces = rows // config.training.accumulation
+    if pieces > 1:
+        share = 1 - 1 / pieces
+        propose(temporaries * share * 0.8, f"training.accumulation={rows}: one row a chip at a time")
+    if config.model.compute_dtype == "float32":
+        propose(temporaries * 0.4, "model.compute_dtype=bfloat16")
+    if config.model.param_dtype == "float32":
+        if config.model.frozen_dtype in (None, "float32"):
+            propose(memory["frozen"] / 2, "model.frozen_dtype=bfloat16: frozen weights need no more")
+        if config.training.optimizer.moment_dtype is None:
+            propose(memory["optimizer"] / 4, "training.optimizer.moment_dtype=bfloat16: a smaller first moment")
+        half = (memory["trained"] + memory["optimizer"]) / 2
+        propose(half, "model.param_dtype=bfloat16: masters and moments of half the size, updates are rounded")
+    names = [m["name"] for m in config.method]
+    if "full" in names:
+        propose((weights - memory["frozen"]) / 2, "method=hft: half of the parameters train, the rest has no moments")
+    if not {"lora"} & set(names):
+        saved = memory["optimizer"] * 0.97 + memory["trained"] * 0.5
+        propose(saved, "method=lora: adapters train, the model is frozen")
+    if pieces <= 1 and mesh.shape["sequence"] == 1 and temporaries > weights:
+        propose(temporaries / 2, "mesh.sequence=2: two chips share each row")
+    needed = weights + temporaries
+    larger = math.ceil(chips * needed / max(needed - excess, 1))
+    found.append((0.0, f"a topology of at least about {larger} chips of this kind, or one with more memory a chip"))
+    enough = [text for saves, text in found if saves >= excess]
+    rest = [text for saves, text in sorted(found, key=lambda f: -f[0]) if saves < excess]
+    return (*enough, *rest)

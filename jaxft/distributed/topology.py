@@ -1,0 +1,157 @@
+"""TPU topologies by name, without a TPU: devices to compile for, and what a chip of each generation can do.
+
+Compilation ahead of time needs the TPU compiler only, which is the `libtpu` wheel (`pip install "jaxft[tpu]"`).
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from jaxft.errors import JaxftError, nearest
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak figures of one chip.
+
+    flops: bf16 multiply-adds counted as two, per second. hbm_bytes: memory. hbm_bandwidth: bytes per second.
+    link_bandwidth: bytes per second of one inter-chip link, one way. links: of a chip, two for each dimension of the
+    torus. source: where the figures are published.
+    """
+
+    generation: str
+    flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    link_bandwidth: float
+    links: int
+    source: str
+
+
+_DOCS = "https://cloud.google.com/tpu/docs/"
+# Interconnect is published per chip and for both directions together (v5e: 1600 Gbit/s over 4 links).
+CHIPS = {
+    "v4": Chip("v4", 275e12, 32 * GIB, 1228e9, 50e9, 6, _DOCS + "v4"),
+    "v5e": Chip("v5e", 197e12, 16 * GIB, 819e9, 50e9, 4, _DOCS + "v5e"),
+    "v5p": Chip("v5p", 459e12, 95 * GIB, 2765e9, 100e9, 6, _DOCS + "v5p"),
+    "v6e": Chip("v6e", 918e12, 32 * GIB, 1640e9, 100e9, 4, _DOCS + "v6e"),
+}
+# What the compiler leaves to programs: it refuses a v5e program above 15.75 GiB of the 16.
+RESERVED_HBM = GIB // 4
+
+_SLICES = {
+    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x12", "8x8x16", "8x16x16"),
+    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": (
+        "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16",
+        "16x16x24",
+    ),
+    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}  # fmt: skip
+_CORES_PER_CHIP = {"v4": 2, "v5p": 2}  # by which Google counts the size in a name such as v5p-128
+
+
+class TopologyError(JaxftError):
+    """A topology that does not exist, or that cannot be compiled for here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`slices` TPU slices, each a torus of chips of `shape`."""
+
+    generation: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.generation]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def layout(self) -> str:
+        """The shape of one slice as the compiler wants it, `4x4`."""
+        return "x".join(map(str, self.shape))
+
+    def __str__(self) -> str:
+        return (f"{self.slices}*" if self.slices > 1 else "") + f"{self.generation}:{self.layout}"
+
+
+def parse_topology(name: str) -> Topology:
+    """`v5e:4x4`, `v5p:4x4x4`; `4*v5e:16x16` is four slices; `v5e-16` and `v5p-128` are Google's names for sizes.
+
+    Raises:
+        TopologyError: an unknown generation or shape, with the nearest that exist.
+    """
+    found = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+)(?:[:-]([0-9x]+))?", name.strip().lower())
+    generation = found[2] if found else name
+    generation = {"v5litepod": "v5e", "v6": "v6e", "v5": "v5p"}.get(generation, generation)
+    if not found or generation not in CHIPS:
+        raise TopologyError(
+            f'unknown topology "{name}": expected GENERATION:SHAPE such as v5e:4x4; generation: '
+            f"{nearest(generation, CHIPS)}"
+        )
+    slices, size = int(found[1] or 1), found[3] or ""
+    known = {s: math.prod(map(int, s.split("x"))) for s in _SLICES[generation]}
+    if size.isdigit():
+        chips = int(size) // _CORES_PER_CHIP.get(generation, 1)
+        shapes = [s for s, n in known.items() if n == chips]
+        if not shapes:
+            sizes = [f"{generation}-{n * _CORES_PER_CHIP.get(generation, 1)}" for n in known.values()]
+            closest = min(sizes, key=lambda s: abs(int(s.split("-")[1]) - int(size)))
+            raise TopologyError(f'no topology "{name}": nearest is {closest}. Valid: {", ".join(dict.fromkeys(sizes))}')
+        size = shapes[0]
+    dimensions = tuple(map(int, size.split("x"))) if re.fullmatch(r"\d+(x\d+)+", size) else ()
+    rank = 3 if CHIPS[generation].links == 6 else 2
+    if size not in known and not (rank == 3 == len(dimensions) and all(d > 0 and d % 4 == 0 for d in dimensions)):
+        chips = math.prod(dimensions) if dimensions else 0
+        closest = min(known, key=lambda s: (abs(known[s] - chips), abs(len(s) - len(size))))
+        raise TopologyError(
+            f'{generation} has no topology "{size}": nearest is {generation}:{closest}. Valid: {", ".join(known)}'
+            + (", and larger shapes whose sides are multiples of 4" if rank == 3 else "")
+        )
+    if slices < 1:
+        raise TopologyError(f'topology "{name}" has no slices: expected at least 1')
+    return Topology(generation, dimensions, slices)
+
+
+def available() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def topology_devices(topology: Topology) -> list[jax.Device]:
+    """Devices of a topology: they can be compiled for, and nothing else.
+
+    Raises:
+        TopologyError: the TPU compiler is not installed, or does not know the topology.
+    """
+    if not available():
+        raise TopologyError('the TPU compiler is not installed: pip install "jaxft[tpu]"')
+    # The compiler asks a cloud machine's metadata server what it runs on, for minutes where there is none, and
+    # refuses to be loaded by two processes of one machine. Neither concerns compilation.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if math.prod(topology.shape) < 4:  # a single chip of a host of four
+        options["chips_per_host_bounds"] = (*topology.shape, *(1,) * (3 - len(topology.shape)))
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{topology.generation}:{topology.layout}", **options
+        )
+    except (RuntimeError, ValueError) as error:
+        raise TopologyError(f"the TPU compiler refuses {topology}: {str(error).splitlines()[0]}") from error
+    return list(description.devices)

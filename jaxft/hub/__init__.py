@@ -1,0 +1,7 @@
+"""Hugging Face checkpoints in and out."""
+
+from jaxft.hub.load import load_model, load_pretrained, resolve
+from jaxft.hub.save import save_pretrained, to_host
+from jaxft.hub.tokenizer import load_tokenizer
+
+__all__ = ["load_model", "load_pretrained", "load_tokenizer", "resolve", "save_pretrained", "to_host"]

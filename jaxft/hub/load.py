@@ -1,0 +1,242 @@
+"""Hugging Face safetensors in: every process reads only the slices that its devices hold."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+
+from jaxft.errors import JaxftError
+from jaxft.hub.names import EMBED, HEAD, dotted, is_transposed, tensor_names
+from jaxft.models.config import from_huggingface
+from jaxft.models.language_model import LanguageModel
+from jaxft.models.presets import preset
+from jaxft.weights import Tree
+
+EMBEDDED = ("nano",)  # models inside the package, under jaxft/assets
+PRESET = "preset:"  # in front of the name of a well-known shape, which has no weights
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # recomputed from the config
+_MODEL_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+_SHOWN = 12
+
+
+def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a model: an embedded one ("nano"; a local one of that name is "./nano"), a local one, or a
+    snapshot of a hub id.
+
+    A hub id is downloaded, or taken from the local cache when the hub cannot be reached. Raises JaxftError with what
+    was tried when there is none of these.
+    """
+    name = str(path_or_id)
+    if name.startswith(PRESET):
+        raise JaxftError(f'model "{name}" is a shape without weights, for `jaxft plan`: name a directory or a hub id')
+    local = Path(name).expanduser()
+    if name in EMBEDDED:
+        return Path(str(resources.files("jaxft") / "assets" / name))
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise JaxftError(f"{name} is a file: expected a directory with config.json and safetensors, or a hub id")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
+        raise JaxftError(
+            f'model "{name}": there is no such directory, and it is not a hub id ("owner/name") '
+            f"nor an embedded model ({', '.join(EMBEDDED)})"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [p for p in _MODEL_FILES if weights or p != "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise JaxftError(
+            f'model "{name}" is not a directory here, is not in the local Hugging Face cache, '
+            "and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise JaxftError(f'model "{name}" could not be fetched from the Hugging Face hub: {reason}') from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The contents of a JSON file, or JaxftError naming it."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise JaxftError(f"{file}: there is no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise JaxftError(f"{file}: not valid JSON ({error})") from error
+
+
+def load_model(path_or_id: str | Path) -> LanguageModel:
+    """The model that a directory or hub id describes, without its weights; `preset:NAME` is a well-known shape."""
+    if str(path_or_id).startswith(PRESET):
+        return LanguageModel(preset(str(path_or_id).removeprefix(PRESET)))
+    directory = resolve(path_or_id, weights=False)
+    try:
+        config = from_huggingface(read_json(directory / "config.json"))
+    except JaxftError as error:
+        raise JaxftError(f"{directory / 'config.json'}: {error}") from error
+    generation = None
+    if (directory / "generation_config.json").is_file():
+        generation = read_json(directory / "generation_config.json")
+    return LanguageModel(config, generation)
+
+
+class _Tensors:
+    """The tensors of a checkpoint by name, over its files, which are opened when first needed."""
+
+    def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
+        self.directory, self._stack = directory, stack
+        self._open: dict[str, Any] = {}
+        if (directory / WEIGHTS_INDEX).is_file():
+            self._file_of = dict(read_json(directory / WEIGHTS_INDEX)["weight_map"])
+            self._check_index()
+        elif (directory / WEIGHTS).is_file():
+            self._file_of = dict.fromkeys(self._handle(WEIGHTS).keys(), WEIGHTS)
+        else:
+            other = sorted(file.name for file in directory.glob("*.bin"))
+            hint = f" ({', '.join(other[:3])} is in PyTorch's format: convert it to safetensors)" if other else ""
+            raise JaxftError(f"{directory}: there is neither {WEIGHTS} nor {WEIGHTS_INDEX}{hint}")
+
+    def _check_index(self) -> None:
+        """The index may name files or tensors which are not there, and files may hold tensors it does not name."""
+        for file in sorted(set(self._file_of.values())):
+            held, promised = set(self._handle(file).keys()), {n for n, f in self._file_of.items() if f == file}
+            if lost := promised - held:
+                raise JaxftError(f"{self.directory / file} lacks tensors named in {WEIGHTS_INDEX}: {_listed(lost)}")
+            self._file_of.update(dict.fromkeys(held - promised, file))
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = self._stack.enter_context(safe_open(self.directory / file, framework="numpy"))
+            except FileNotFoundError as error:
+                raise JaxftError(f"{self.directory / file}: named in {WEIGHTS_INDEX}, but not there") from error
+            except (SafetensorError, OSError) as error:
+                raise JaxftError(f"{self.directory / file}: not a readable safetensors file ({error})") from error
+        return self._open[file]
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def slice(self, name: str) -> Any:
+        return self._handle(self._file_of[name]).get_slice(name)
+
+
+def load_pretrained(
+    path_or_id: str | Path, *, dtype: Any, sharding: Tree | Sharding | None = None
+) -> tuple[LanguageModel, Tree]:
+    """A model and its params from a Hugging Face directory (safetensors, one file or several) or hub id.
+
+    Args:
+      path_or_id: a directory with `config.json` and safetensors, a hub id "owner/name", or an embedded model ("nano").
+      dtype: the dtype of the params, or None for that of the file.
+      sharding: a tree of shardings like the params, one sharding for all, or None for the default device. Each process
+        reads only what its devices hold.
+
+    Raises:
+      JaxftError: the model type is not supported; a tensor is missing, unexpected (all are listed) or of a shape other
+        than the config says; `lm_head` differs from the embedding it is tied to; a file cannot be read.
+    """
+    directory = resolve(path_or_id)
+    model = load_model(directory)
+    abstract = model.abstract(jnp.float32 if dtype is None else dtype)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    if sharding is None or isinstance(sharding, Sharding):
+        default = sharding or SingleDeviceSharding(jnp.zeros(()).devices().pop())
+        shardings = [default] * len(flat)
+    else:
+        shardings = treedef.flatten_up_to(sharding)
+    with contextlib.ExitStack() as stack:
+        tensors = _Tensors(directory, stack)
+        sources = {dotted(path): tensor_names(dotted(path), model.config.num_layers) for path, _ in flat}
+        _check_names(tensors, {name for names in sources.values() for name in names}, directory)
+        leaves = []
+        for (path, expected), placed in zip(flat, shardings, strict=True):
+            path = dotted(path)
+            slices = [tensors.slice(name) for name in sources[path]]
+            _check_shapes(path, sources[path], slices, expected.shape, directory)
+            read = _reader(slices, expected.shape, is_transposed(path), None if dtype is None else expected.dtype)
+            leaves.append(jax.make_array_from_callback(expected.shape, placed, read))
+    return model, treedef.unflatten(leaves)
+
+
+def _reader(
+    slices: list[Any], shape: tuple[int, ...], transposed: bool, dtype: Any
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """The callback which reads one shard of a leaf. Devices that hold the same shard share one read."""
+    stacked = len(shape) == len(slices[0].get_shape()) + 1
+    latest: dict[tuple, np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = [range(*cut.indices(size)) for cut, size in zip(index, shape, strict=True)]
+        key = tuple((r.start, r.stop) for r in ranges)
+        if key not in latest:
+            latest.clear()
+            latest[key] = (
+                np.stack([rows(slices[i], ranges[1:]) for i in ranges[0]]) if stacked else rows(slices[0], ranges)
+            )
+        return latest[key]
+
+    def rows(tensor: Any, ranges: list[range]) -> np.ndarray:
+        cut = tuple(slice(r.start, r.stop) for r in (reversed(ranges) if transposed else ranges))
+        array = tensor[cut]
+        return np.asarray(array.T if transposed else array, dtype)
+
+    return read
+
+
+def _check_names(tensors: _Tensors, expected: set[str], directory: Path) -> None:
+    present = {name for name in tensors.names() if not _IGNORED.search(name)}
+    missing, unexpected = expected - present, present - expected
+    if HEAD in unexpected and EMBED in present:
+        if not _equal(tensors.slice(EMBED), tensors.slice(HEAD)):
+            raise JaxftError(
+                f"{directory}: config.json ties the head to the embedding (tie_word_embeddings), but {HEAD} differs "
+                f'from {EMBED}: set "tie_word_embeddings": false in config.json to use both'
+            )
+        unexpected -= {HEAD}
+    problems = [
+        f"{kind} {_listed(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
+    ]
+    if problems:
+        raise JaxftError(f"{directory}: the tensors are not those of the model in config.json: {'; '.join(problems)}")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two tensors are the same, compared in pieces so that neither is held whole."""
+    if list(a.get_shape()) != list(b.get_shape()):
+        return False
+    rows, step = a.get_shape()[0], 4096
+    pieces = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    return all(np.array_equal(a[piece], b[piece]) for piece in pieces)
+
+
+def _check_shapes(path: str, names: list[str], slices: list[Any], shape: tuple[int, ...], directory: Path) -> None:
+    one = shape[1:] if path.startswith("layers.") else shape
+    one = one[::-1] if is_transposed(path) else one
+    for name, tensor in zip(names, slices, strict=True):
+        if tuple(tensor.get_shape()) != one:
+            raise JaxftError(
+                f"{directory}: {name} has shape {list(tensor.get_shape())}, config.json makes it {list(one)}"
+            )
+
+
+def _listed(names: set[str]) -> str:
+    shown = sorted(names, key=_natural)
+    rest = f" ... ({len(shown)} in all)" if len(shown) > _SHOWN else ""
+    return ", ".join(shown[:_SHOWN]) + rest
+
+
+def _natural(name: str) -> list[Any]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,325 @@
+"""`Method`: a tuning method as a NamedTuple of pure functions, in the manner of `optax.GradientTransformation`."""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxft.errors import JaxftError
+from jaxft.methods.probe import Probe
+from jaxft.partition import (
+    Roles,
+    Selector,
+    Tuned,
+    combine,
+    has_marks,
+    key_name,
+    map_weights,
+    mark,
+    select,
+    shape_of,
+    split,
+)
+from jaxft.weights import BlockSplit, Gated, RowSplit, SiteModule, SparseDelta, Tree, Weight, is_node, let_through
+
+
+class Signals(NamedTuple):
+    """What an `update` may look at.
+
+    `loss`: the last step's loss. `gradients`: the last step's gradients of the trainable half, if the method `needs`
+    them, else None. `probe`: calibration passes over the current model, run only when asked for. `donate`: whether the
+    caller gives up the buffers of what it passes in (a training loop that owns them does), so that the update holds
+    one copy in memory instead of two.
+    """
+
+    loss: Array | float
+    gradients: Tree | None
+    probe: Probe
+    donate: bool = False
+
+
+class Method(NamedTuple):
+    """A tuning method. Every field but `init` is optional.
+
+    init: `(rng, params, probe) -> Tuned`. `params` may carry `Trains` marks of earlier methods of a chain; a method
+        rewrites only what is not marked, and hands the marks on.
+    update: `(rng, tuned, opt_state, signals, step) -> (tuned, opt_state)`: re-select, grow, drop, merge and restart.
+        Runs between steps; shapes and structure stay, so nothing recompiles.
+    due: `(step, total_steps) -> bool`: whether `update` runs after step `step` (counted from 1).
+    penalty: `tuned -> scalar`, added to the loss.
+    gradients: an `optax.GradientTransformation` put before the optimizer, or a function from optimizer to optimizer.
+    batch: `(rng, batch) -> batch`, inside the train step.
+    needs: what `update` needs collected: `"gradients"`.
+    """
+
+    init: Callable[[PRNGKeyArray, Tree, Probe], Tuned]
+    update: Callable[..., tuple[Tuned, Any]] | None = None
+    due: Callable[[int, int], bool] | None = None
+    penalty: Callable[[Tuned], Array] | None = None
+    gradients: optax.GradientTransformation | Callable[..., optax.GradientTransformation] | None = None
+    batch: Callable[[PRNGKeyArray, dict], dict] | None = None
+    needs: frozenset[str] = frozenset()
+
+
+def wrap_optimizer(method: Method, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer with the method's treatment of gradients before or around it."""
+    if method.gradients is None:
+        return optimizer
+    if isinstance(method.gradients, optax.GradientTransformation):
+        return optax.chain(method.gradients, optimizer)
+    return method.gradients(optimizer)
+
+
+def chain(*methods: Method) -> Method:
+    """Methods one after the other: each rewrites what the ones before it left frozen.
+
+    `Tuned.state` is the tuple of the methods' states; penalties add up; batch and gradient treatments apply in order.
+    """
+    if not methods:
+        raise JaxftError("chain() needs at least one method")
+    if len(methods) == 1:
+        return methods[0]
+
+    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
+        states = []
+        for i, method in enumerate(methods):
+            tuned = method.init(fold_in(rng, i), params, probe)
+            states.append(tuned.state)
+            params = mark(tuned)
+        # A method that trains the upper layers alone may end the backward pass there; another may train below it.
+        return split(let_through(params), tuple(states))
+
+    due = [m.due or (lambda step, total: False) for m in methods]
+
+    def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
+        states = list(tuned.state)
+        for i, method in enumerate(methods):
+            if method.update is not None and due[i](step, signals.probe.total_steps):
+                own = tuned._replace(state=states[i])
+                tuned, opt_state = method.update(jax.random.fold_in(rng, i), own, opt_state, signals, step)
+                states[i] = tuned.state
+        return tuned._replace(state=tuple(states)), opt_state
+
+    def penalty(tuned: Tuned) -> Array:
+        return sum(
+            (m.penalty(tuned._replace(state=s)) for m, s in zip(methods, tuned.state, strict=True) if m.penalty),
+            start=jnp.zeros(()),
+        )
+
+    def gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        for method in reversed(methods):
+            optimizer = wrap_optimizer(method, optimizer)
+        return optimizer
+
+    def batch(rng: PRNGKeyArray, batch: dict) -> dict:
+        for i, method in enumerate(methods):
+            if method.batch is not None:
+                batch = method.batch(jax.random.fold_in(rng, i), batch)
+        return batch
+
+    return Method(
+        init=init,
+        update=update if any(m.update for m in methods) else None,
+        due=(lambda step, total: any(d(step, total) for d in due)) if any(m.due for m in methods) else None,
+        penalty=penalty if any(m.penalty for m in methods) else None,
+        gradients=gradients if any(m.gradients for m in methods) else None,
+        batch=batch if any(m.batch for m in methods) else None,
+        needs=frozenset().union(*(m.needs for m in methods)),
+    )
+
+
+# --- parts that methods are made of -----------------------------------------------------------------------------------
+
+
+def fold_in(rng: PRNGKeyArray, number: int) -> PRNGKeyArray:
+    """`jax.random.fold_in` that stays a value while `init` is traced over abstract weights.
+
+    A method draws its structure (which layers, which rows) on the host. When a run is planned before there are
+    weights, `init` runs under `jax.eval_shape` with a real key, and the draw needs the numbers of that key.
+    """
+    if isinstance(rng, jax.core.Tracer):
+        return jax.random.fold_in(rng, number)
+    with jax.ensure_compile_time_eval():
+        return jax.random.fold_in(rng, number)
+
+
+def path_key(rng: PRNGKeyArray, path: str) -> PRNGKeyArray:
+    """A key of its own for the weight at a path, whatever other weights there are."""
+    return fold_in(rng, zlib.crc32(path.encode()))
+
+
+def rewrite(
+    params: Tree,
+    on: Selector,
+    fn: Callable[..., Weight],
+    *,
+    roles: Roles,
+    nodes: bool = True,
+    layers: bool = False,
+) -> Tree:
+    """Replace every selected frozen weight `w` at path `p` by `fn(p, w)`; what already trains is left alone.
+
+    Args:
+        nodes: whether nodes (quantised bases, other methods' rewrites) are candidates too, or arrays only.
+        layers: whether `fn` takes the selected layers as third argument (True or `bool[L]`). Otherwise a selector with
+            a layer range is refused, because the rewrite has no way to obey it.
+
+    Raises:
+        JaxftError: the selector matches nothing, or nothing that is still frozen.
+    """
+    chosen = select(params, on, roles=roles)
+    done: list[str] = []
+
+    def one(path: str, w: Weight) -> Weight:
+        if path not in chosen or has_marks(w) or isinstance(w, SiteModule) or (is_node(w) and not nodes):
+            return w
+        done.append(path)
+        if layers:
+            return fn(path, w, chosen[path])
+        if chosen[path] is not True:
+            raise JaxftError(f'"{path}" is selected for some layers only, which this method cannot do: drop the range')
+        return fn(path, w)
+
+    params = map_weights(one, params)
+    if not done:
+        raise JaxftError(f'everything selected by "{on}" is already taken by an earlier method of the chain')
+    return params
+
+
+def map_moments(opt_state: Any, trainable: Tree, fn: Callable[[Tree], Tree]) -> Any:
+    """Apply `fn` to every part of an optimizer state that has the structure of `trainable` (moments, averages).
+
+    `fn` gets and returns a tree like `trainable`, with None for leaves that the optimizer keeps no moment of. Counters
+    and scalars stay.
+
+    Raises:
+        JaxftError: a moment has another shape than its parameter (factored moments).
+    """
+    known = _leaves_by_path(trainable)
+
+    def move(x: Any) -> Any:
+        if not _is_moments(x, known):
+            return x
+        moments = _leaves_by_path(x)
+        for path, m in moments.items():
+            if m.shape != known[path].shape:
+                raise JaxftError(
+                    f'the optimizer keeps a moment of shape {m.shape} for "{".".join(path)}" of shape '
+                    f"{known[path].shape}: it cannot follow its entries, restart it instead"
+                )
+        whole = jax.tree_util.tree_map_with_path(lambda p, _: moments.get(_names(p)), trainable)
+        moved = _leaves_by_path(fn(whole))
+        return jax.tree_util.tree_map_with_path(lambda p, _: moved[_names(p)], x)
+
+    return jax.tree.map(move, opt_state, is_leaf=lambda x: _is_moments(x, known))
+
+
+def merge_moments(before: Any, after: Any, trainable: Tree, fn: Callable[[Tree, Tree], Tree]) -> Any:
+    """The state `after`, whose parts of the structure of `trainable` become `fn(part before, part after)`."""
+    known = _leaves_by_path(trainable)
+
+    def merge(old: Any, new: Any) -> Any:
+        if not _is_moments(old, known):
+            return new
+        held = [_leaves_by_path(x) for x in (old, new)]
+        whole = [jax.tree_util.tree_map_with_path(lambda p, _, h=h: h.get(_names(p)), trainable) for h in held]
+        merged = _leaves_by_path(fn(*whole))
+        return jax.tree_util.tree_map_with_path(lambda p, _: merged[_names(p)], new)
+
+    return jax.tree.map(merge, before, after, is_leaf=lambda x: _is_moments(x, known))
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(map(key_name, path))
+
+
+def _leaves_by_path(tree: Tree) -> dict[tuple[str, ...], Array]:
+    return {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _is_moments(x: Any, known: dict) -> bool:
+    """Whether `x` holds one array for each trainable leaf, or for some of them (optimizers that treat leaves apart)."""
+    found = _leaves_by_path(x)
+    return bool(found) and found.keys() <= known.keys()
+
+
+def restart_moments(opt_state: Any, trainable: Tree) -> Any:
+    """An optimizer state as if its moments had just been initialised; learning-rate schedules keep counting.
+
+    A state that holds moments restarts with its own step count, so that bias correction fits (Adam with old counts and
+    zero moments would take steps several times too long).
+    """
+    known = _leaves_by_path(trainable)
+
+    def is_moments(x: Any) -> bool:
+        return _is_moments(x, known)
+
+    def restart(x: Any) -> Any:
+        if is_moments(x):
+            return jax.tree.map(jnp.zeros_like, x)
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            fields = {name: restart(getattr(x, name)) for name in x._fields}
+            if "count" in fields and any(is_moments(getattr(x, name)) for name in x._fields):
+                fields["count"] = jnp.zeros_like(fields["count"])
+            return type(x)(**fields)
+        if isinstance(x, dict):
+            return {k: restart(v) for k, v in x.items()}
+        return type(x)(restart(v) for v in x) if isinstance(x, (list, tuple)) else x
+
+    return restart(opt_state)
+
+
+@functools.cache
+def _jitted(fn: Callable, shardings: Any, donate: bool, static: tuple) -> Callable:
+    shardings = jax.tree.unflatten(shardings[0], shardings[1])
+    donated = (0, 1) if donate else ()
+    return jax.jit(lambda *args: fn(*args, *static), out_shardings=shardings, donate_argnums=donated)
+
+
+def update_like(
+    fn: Callable, tuned: Tuned, opt_state: Any, arrays: Tree, *static: Any, donate: bool = False
+) -> tuple[Tuned, Any]:
+    """`fn(tuned, opt_state, arrays, *static)` jitted once, its results laid out as the inputs were.
+
+    The train step that follows sees the same shapes and shardings and does not recompile.
+    """
+    args = jax.tree.map(jnp.asarray, (tuned, opt_state))
+    leaves, structure = jax.tree.flatten(args)
+    places = [x.sharding for x in leaves]
+    widest = max(places, key=lambda place: place.num_devices)
+    if isinstance(widest, NamedSharding):  # what a method made on one device joins the mesh
+        whole = NamedSharding(widest.mesh, PartitionSpec())
+        places = [place if place.device_set == widest.device_set else whole for place in places]
+        args = jax.tree.unflatten(structure, jax.device_put(leaves, places))
+    jitted = _jitted(fn, (structure, tuple(places)), donate, static)
+    return jitted(*args, arrays)
+
+
+def _nodes_in(tree: Tree) -> list[Any]:
+    """All nodes of a tree, those inside others too."""
+    found = [w for w in jax.tree.leaves(tree, is_leaf=is_node) if is_node(w)]
+    return found + [inner for w in found for inner in _nodes_in(list(vars(w).values()))]
+
+
+def count_trainable(tuned: Tuned) -> int:
+    """The number of scalars that train. Padding of sparse, row and block nodes is not counted, nor closed gates."""
+    total = sum(int(x.size) for x in jax.tree.leaves(tuned.trainable))
+    for w in _nodes_in(combine(tuned)):
+        if isinstance(w, SparseDelta):
+            total -= int(jnp.sum(w.indices >= math.prod(shape_of(w)[w.indices.ndim - 1 :])))
+        elif isinstance(w, BlockSplit):
+            block = math.prod(w.blocks.shape[-2:])
+            total -= block * int(jnp.sum(w.index >= math.prod(shape_of(w)[-2:]) // block))
+        elif isinstance(w, RowSplit):
+            slice_size = w.rows.shape[-1 if w.axis == -2 else -2]
+            total -= slice_size * int(jnp.sum(w.index >= shape_of(w)[w.axis]))
+        elif isinstance(w, Gated):
+            total -= w.value.size // max(w.is_open.size, 1) * int(jnp.sum(~w.is_open))
+    return total

@@ -1,0 +1,89 @@
+"""CoFiTune: a range of MLPs trains, gently where units matter to what the model knows."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxft.errors import JaxftError
+from jaxft.methods.base import Method, rewrite
+from jaxft.methods.probe import Probe
+from jaxft.methods.registry import register
+from jaxft.methods.selection.layers import layer_counts
+from jaxft.partition import Tuned, layer_mask, masked_node, split, unmarked, weights_by_path
+from jaxft.weights import Damped, Tree, materialize
+
+DOWN = "layers.mlp.down.kernel"
+
+
+@register(
+    "cofitune",
+    title="Balancing Speciality and Versatility: a Coarse to Fine Framework for Supervised Fine-tuning Large "
+    "Language Model",
+    url="https://arxiv.org/abs/2404.10306",
+    family="selection",
+    learning_rate=5e-4,
+    example={"batches": 2},
+)
+def cofitune(
+    first: float | int = 0.25, last: float | int = 0.5, modules: str = "up,down", soft: float = 1.0, batches: int = 8
+) -> Method:
+    """Train the MLPs of a middle-lower range of layers; scale the gradient of a neuron by what it does not matter.
+
+    Coarse: of L layers, those in [first, last) train their up and down projections, all else is frozen. Fine: I_j,
+    the importance of hidden neuron j, is |dLoss/dgate_j| of a gate on its activation, over the largest of its layer;
+    the gradient of its column of W_up and its row of W_down is multiplied by 1 - soft * I_j:
+    `Damped(Split(trainable [k, d, f], ...), rate [L, 1, f])`.
+
+    Notes:
+        The paper finds range and modules by a search and reports the default here as best. It measures I on the
+        divergence between two dropout passes; the decoders here have no dropout, so it is measured on the loss of the
+        calibration batches (dLoss/dgate_j = <W_down[j], dLoss/dW_down[j]>, exactly). Heads are not damped, since only
+        MLPs train. An optimizer that normalises gradients (Adam) undoes a constant factor other than 0: use
+        SGD where the degree of damping matters; with soft = 1 the most important neuron of a layer does not move.
+
+    Args:
+        first: the first layer that trains: a number of layers from 1 on, a fraction below 1.
+        last: the layer behind the last one, counted as `first` is.
+        modules: which projections train, joined by commas: gate, up, down.
+        soft: how strongly importance damps, from 0 (not) to 1.
+        batches: calibration batches for the importance.
+    """
+    names = [m.strip() for m in modules.split(",")]
+    if not 0 <= soft <= 1 or not names or set(names) - {"gate", "up", "down"}:
+        raise JaxftError(f'cofitune: soft={soft} must lie in [0, 1], modules="{modules}" name some of gate, up, down')
+
+    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
+        total = layer_counts(params, probe.roles)
+        start, stop = (round(b * total) if b < 1 else int(b) for b in (first, last))
+        if not 0 <= start < stop <= total:
+            raise JaxftError(
+                f"cofitune: first={first}, last={last} are layers {start} to {stop} of {total}: expected a range"
+            )
+        layers = (np.arange(total) >= start) & (np.arange(total) < stop)
+        rate = 1 - soft * neuron_importance(unmarked(params), probe, batches) if soft else None
+
+        def cut(path: str, w: Array) -> Any:
+            node = masked_node(w, layer_mask(layers, w.shape), stacked=True, path=path)
+            if rate is None:
+                return node
+            return Damped(node, rate[:, :, None] if path == DOWN else rate[:, None, :])
+
+        paths = [f"layers.mlp.{name}.kernel" for name in names]
+        return split(rewrite(params, paths, cut, roles=probe.roles, nodes=False))
+
+    return Method(init)
+
+
+def neuron_importance(params: Tree, probe: Probe, batches: int) -> Array:
+    """|dLoss/dgate| of a gate on each hidden neuron, over the largest of its layer: `[L, hidden]` in [0, 1]."""
+    found = jnp.abs(gate_gradients(params, probe, batches))
+    top = found.max(-1, keepdims=True)
+    return jnp.where(found == top, 1.0, found / jnp.maximum(top, 1e-30))  # exactly 1: it must not move at all
+
+
+def gate_gradients(params: Tree, probe: Probe, batches: int) -> Array:
+    """The derivative of the mean loss by a factor on each hidden neuron of each MLP, `[L, hidden]`."""
+    gradient = probe.gradients_of(params, [DOWN], batches)[DOWN]
+    return jnp.sum(gradient * materialize(weights_by_path(params)[DOWN]).astype(jnp.float32), axis=-1)

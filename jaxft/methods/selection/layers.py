@@ -1,0 +1,156 @@
+"""Selections at the granularity of layers of stacked leaves: draws, and what happens when the draw changes.
+
+Every leaf keeps its number of trained layers from one draw to the next, so the shapes of its `Split` stay and nothing
+recompiles.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from jaxft.errors import JaxftError
+from jaxft.methods.base import Method, Signals, fold_in, rewrite
+from jaxft.methods.probe import Probe
+from jaxft.methods.selection.redraw import OptimizerState, redraw
+from jaxft.partition import (
+    Roles,
+    Selector,
+    Tuned,
+    combine,
+    has_marks,
+    layer_mask,
+    masked_node,
+    select,
+    shape_of,
+    split,
+    weights_by_path,
+)
+from jaxft.weights import Split, Tree, is_node, num_layers
+
+LayerMasks = dict[str, np.ndarray]
+Draw = Callable[[np.random.Generator, LayerMasks | None], LayerMasks]
+"""`(generator, previous masks or None) -> masks by path`, keeping each path's number of trained layers."""
+
+
+def generator(rng: PRNGKeyArray) -> np.random.Generator:
+    """A numpy generator seeded by a JAX key: draws of structure happen on the host."""
+    with jax.ensure_compile_time_eval():  # `init` may be traced over abstract weights; the key is a value all the same
+        data = np.asarray(jax.random.key_data(rng))
+    return np.random.default_rng(data.astype(np.uint32).tolist())
+
+
+def balanced_draw(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """A random binary matrix with the given row and column sums, `bool[len(rows), len(columns)]`.
+
+    Starts from the greedy (Gale-Ryser) matrix and shuffles it by exchanges that keep all sums.
+
+    Raises:
+        JaxftError: no such matrix exists.
+    """
+    left, matrix = columns.astype(int).copy(), np.zeros((len(rows), len(columns)), bool)
+    order = rng.permutation(len(rows))
+    for row in order[np.argsort(-rows[order], kind="stable")]:
+        fill = np.argsort(-(left + rng.random(len(left)) * 0.5), kind="stable")[: rows[row]]
+        matrix[row, fill] = True
+        left[fill] -= 1
+    if left.any():
+        raise JaxftError(f"no selection has {rows.tolist()} per layer and {columns.tolist()} per matrix")
+    if len(rows) > 1 and len(columns) > 1:
+        for _ in range(20 * matrix.size):
+            a, b = rng.choice(len(rows), 2, replace=False)
+            c, d = rng.choice(len(columns), 2, replace=False)
+            corner = matrix[np.ix_((a, b), (c, d))]
+            if corner[0, 0] == corner[1, 1] != corner[0, 1] == corner[1, 0]:
+                matrix[np.ix_((a, b), (c, d))] = ~corner
+    return matrix
+
+
+def spread(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
+    """`total` in `parts` integers that differ by at most one, which are larger being random."""
+    return rng.permutation(np.arange(parts) < total % parts) + total // parts
+
+
+def layer_counts(params: Tree, roles: Roles) -> int:
+    """The number of stacked layers of a model."""
+    stacked = [params[key] for key in roles.stacked if key in params]
+    if not stacked:
+        raise JaxftError(
+            f"this method selects layers of stacked leaves, but the parameters have none of {roles.stacked} "
+            f"(top-level keys: {sorted(params)})"
+        )
+    return num_layers(stacked[0])
+
+
+def layer_selection(
+    first_draw: Callable[[Tree, Roles], Draw],
+    *,
+    due: Callable[[int, int], bool] | None = None,
+    optimizer_state: OptimizerState = "reset",
+    also: Callable[[PRNGKeyArray, Tree, Roles], Tree] | None = None,
+) -> Method:
+    """A method that trains some layers of stacked leaves, re-drawn when `due`.
+
+    Args:
+        first_draw: `(params, roles) -> draw`; the draw names the stacked array leaves it covers.
+        due: when to draw again; never by default.
+        optimizer_state: at a new draw, `reset` restarts the optimizer's moments (and their step count) everywhere,
+            as a fresh optimizer would; `carry` moves the moments along with the layers that keep training and starts
+            the others at zero.
+        also: rewrites and marks what else trains (embeddings, heads).
+    """
+
+    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
+        draw = first_draw(params, probe.roles)
+        masks = draw(generator(fold_in(rng, 0)), None)
+        if not masks:
+            raise JaxftError("no stacked leaf is left to select layers of: earlier methods of the chain took them all")
+
+        def cut(path: str, w: Any) -> Any:
+            return masked_node(w, layer_mask(masks[path], w.shape), stacked=True, path=path)
+
+        params = rewrite(params, list(masks), cut, roles=probe.roles, nodes=False)
+        if also is not None:
+            params = also(fold_in(rng, 1), params, probe.roles)
+        # The splits of this method, by path: those of other methods in a chain are not its to re-draw.
+        counts = {p: int(m.sum()) for p, m in masks.items() if 0 < m.sum() < m.size}
+        return split(params, {p: jnp.asarray(k, jnp.int32) for p, k in counts.items()})
+
+    def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
+        params = combine(tuned)
+        weights = {p: w for p, w in weights_by_path(params).items() if isinstance(w, Split) and p in tuned.state}
+        before = {p: np.asarray(w.is_trainable) for p, w in weights.items()}
+        draw = first_draw(params, signals.probe.roles)
+        masks = {p: m for p, m in draw(generator(rng), before).items() if p in weights}
+        masks = {p: jnp.asarray(m) for p, m in masks.items()}
+        return redraw(tuned, opt_state, masks, optimizer_state=optimizer_state, donate=signals.donate)
+
+    return Method(init, update=update if due else None, due=due)
+
+
+def every(period: int) -> Callable[[int, int], bool]:
+    """Due after each `period` steps, but not after the last."""
+    return lambda step, total: step % period == 0 and step < total
+
+
+def at_rounds(rounds: int) -> Callable[[int, int], bool] | None:
+    """Due at the boundaries of `rounds` equal parts of the run; None for a single round."""
+    if rounds < 2:
+        return None
+    return lambda step, total: step < total and any(step == total * i // rounds for i in range(1, rounds))
+
+
+def stacked_arrays(params: Tree, selector: Selector, roles: Roles) -> list[str]:
+    """Paths of the stacked leaves (arrays, or layer splits of arrays) that a selector names."""
+    weights = weights_by_path(params)
+    return [
+        p
+        for p in select(params, selector, roles=roles, allow_empty=True)
+        if roles.is_stacked(p)
+        and not has_marks(weights[p])
+        and (not is_node(weights[p]) or isinstance(weights[p], Split))
+        and len(shape_of(weights[p])) > 0
+    ]

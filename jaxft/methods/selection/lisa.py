@@ -1,0 +1,73 @@
+"""LISA: layerwise importance-sampled AdamW."""
+
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from jaxft.errors import JaxftError
+from jaxft.methods.base import Method, rewrite
+from jaxft.methods.registry import register
+from jaxft.methods.selection.layers import (
+    Draw,
+    LayerMasks,
+    OptimizerState,
+    every,
+    layer_counts,
+    layer_selection,
+    stacked_arrays,
+)
+from jaxft.partition import Roles, Trains, select
+from jaxft.weights import Tree
+
+
+@register(
+    "lisa",
+    title="LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
+    url="https://arxiv.org/abs/2403.17919",
+    family="selection",
+    example={"num_layers": 1, "period": 2},
+)
+def lisa(
+    num_layers: int = 2,
+    period: int = 20,
+    always: str = "embed|head|final_norm",
+    optimizer_state: OptimizerState = "reset",
+) -> Method:
+    """Train the embedding, the head and `num_layers` random layers, drawn anew every `period` steps.
+
+    With probability gamma / L per layer and period: theta_l <- theta_l - update(gradient_l), else theta_l stays. Every
+    leaf `[L, ...]` of the stack becomes `Split(trainable [gamma, ...], frozen [L - gamma, ...])`, so gradients and
+    moments exist for gamma layers only.
+
+    Notes:
+        `optimizer_state="reset"` restarts all moments at a new draw, those of the always-trained parts too, so that
+        Adam's bias correction fits every parameter.
+
+    Args:
+        num_layers: gamma, how many layers train at a time.
+        period: steps between draws (K in the paper).
+        always: selector of what trains throughout; terms that match nothing in a model (a tied head) are passed over.
+        optimizer_state: at a new draw, `reset` starts a fresh optimizer, `carry` keeps the moments of what stays.
+    """
+    if num_layers < 1 or period < 1:
+        raise JaxftError(f"lisa: num_layers={num_layers} and period={period} must be at least 1")
+
+    def first_draw(params: Tree, roles: Roles) -> Draw:
+        total = layer_counts(params, roles)
+        if num_layers > total:
+            raise JaxftError(f"lisa: num_layers={num_layers}, but the model has {total} layers")
+        paths = stacked_arrays(params, list(roles.stacked), roles)
+
+        def draw(rng: np.random.Generator, before: LayerMasks | None) -> LayerMasks:
+            train = rng.permutation(total) < num_layers
+            return dict.fromkeys(paths, train)
+
+        return draw
+
+    def also(rng: PRNGKeyArray, params: Tree, roles: Roles) -> Tree:
+        found = select(params, always, roles=roles, allow_empty=True) if always else {}
+        for path, layers in found.items():
+            if layers is not True:
+                raise JaxftError(f'lisa: always="{always}" names some layers of "{path}": name whole weights')
+        return rewrite(params, list(found), lambda _, w: Trains(w), roles=roles, nodes=False) if found else params
+
+    return layer_selection(first_draw, due=every(period), optimizer_state=optimizer_state, also=also)

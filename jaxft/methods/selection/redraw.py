@@ -1,0 +1,169 @@
+"""What happens to values and optimizer state when other units train than before. Shapes stay, so nothing recompiles."""
+
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxft.errors import JaxftError
+from jaxft.methods.base import map_moments, restart_moments, update_like
+from jaxft.partition import Trains, Tuned, combine, map_weights, mark, split, weights_by_path
+from jaxft.weights import (
+    BlockSplit,
+    RowSplit,
+    SparseDelta,
+    Split,
+    Tree,
+    gather_blocks,
+    gather_rows,
+    is_node,
+    materialize,
+    resplit,
+)
+
+OptimizerState = Literal["reset", "carry"]
+Values = Literal["fold", "rewind"]
+
+UnitNode: TypeAlias = SparseDelta | RowSplit | BlockSplit
+PARTS = {SparseDelta: ("values", "indices"), RowSplit: ("rows", "index"), BlockSplit: ("blocks", "index")}
+"""Of each node: the field that trains, and the field that says where it sits."""
+
+
+def redraw(
+    tuned: Tuned,
+    opt_state: Any,
+    new: dict[str, Array],
+    *,
+    values: Values = "fold",
+    optimizer_state: OptimizerState = "carry",
+    donate: bool = False,
+) -> tuple[Tuned, Any]:
+    """The same model with other units training.
+
+    Args:
+        new: by path, the new indices of a `SparseDelta`, `RowSplit` or `BlockSplit` (of the shape of the old, padding
+            allowed), or the new mask `bool[L]` of a `Split` (with as many true entries).
+        values: what a unit that stops training keeps: its value (`fold`), or the one before it trained (`rewind`).
+            A unit that goes on keeps its value and its precision, one that starts does so from the frozen value.
+        optimizer_state: `carry` moves the moments along with what goes on and starts the others at zero; `reset`
+            restarts all moments and their step count, as a fresh optimizer would.
+
+    Raises:
+        JaxftError: values cannot be folded, because the frozen base is no plain array.
+    """
+    weights = weights_by_path(combine(tuned))
+    for path in new:
+        base = getattr(weights[path], "base", None)
+        if values == "fold" and is_node(base):
+            raise JaxftError(
+                f'"{path}": values that stop training cannot be folded into a {type(base).__name__}; use values: rewind'
+            )
+    return update_like(_redraw, tuned, opt_state, new, values == "fold", optimizer_state == "carry", donate=donate)
+
+
+def _redraw(tuned: Tuned, opt_state: Any, new: dict, fold: bool, carry: bool) -> tuple[Tuned, Any]:
+    old = weights_by_path(combine(tuned))
+
+    def move(path: str, w: Any) -> Any:
+        if path not in new:
+            return w
+        if isinstance(w, Split):
+            moved = resplit(old[path], new[path])
+            return moved.replace(trainable=Trains(moved.trainable))
+        return _reindex(old[path], new[path], fold)
+
+    moved = split(map_weights(move, mark(tuned)), tuned.state)
+    if not carry:
+        return moved, restart_moments(opt_state, tuned.trainable)
+
+    def follow(moments: Tree) -> Tree:
+        def one(path: str, m: Any) -> Any:
+            if path not in new:
+                return m
+            field = "trainable" if isinstance(m, Split) else PARTS[type(m)][0]
+            moment = getattr(m, field)
+            if moment is None:  # this part of the optimizer does not treat this leaf
+                return m
+            if isinstance(m, Split):
+                return m.replace(trainable=_follow_layers(moment, old[path], new[path]))
+            return m.replace(**{field: _follow(moment, *_found(old[path], new[path]), unit_axis(old[path]))})
+
+        return map_weights(one, moments)
+
+    return moved, map_moments(opt_state, tuned.trainable, follow)
+
+
+def _follow_layers(moment: Array, was: Split, now: Bool[Array, " layers"]) -> Array:
+    k = moment.shape[0]
+    stays = (was.is_trainable & now).reshape(-1, *(1,) * (moment.ndim - 1))
+    whole = jnp.where(stays, jnp.take(moment, jnp.minimum(was.slot, k - 1), axis=0), 0)
+    return jnp.take(whole, jnp.argsort(~now, stable=True)[:k], axis=0).astype(moment.dtype)
+
+
+def unit_axis(w: UnitNode) -> int:
+    """The axis of the trained part of a node along which its indices run."""
+    if isinstance(w, RowSplit):
+        return w.axis
+    return -3 if isinstance(w, BlockSplit) else -1
+
+
+def num_units(w: UnitNode) -> int:
+    """How many positions the indices of a node can name; an index of that or more is padding."""
+    shape = w.base.shape if not is_node(w.base) else jax.eval_shape(materialize, w.base).shape
+    matrix = shape[getattr(w, PARTS[type(w)][1]).ndim - 1 :]
+    if isinstance(w, RowSplit):
+        return matrix[w.axis]
+    entries = 1
+    for side in matrix:
+        entries *= side
+    return entries // (w.blocks.shape[-2] * w.blocks.shape[-1]) if isinstance(w, BlockSplit) else entries
+
+
+def _found(w: UnitNode, new: Int[Array, "*layers k"]) -> tuple[Int[Array, "*layers k"], Bool[Array, "*layers k"]]:
+    """Where each new index is among the old ones, and whether it is there at all."""
+    return positions_in(getattr(w, PARTS[type(w)][1]), new, num_units(w))
+
+
+def positions_in(old: Int[Array, "*layers k"], new: Int[Array, "*layers m"], n: int) -> tuple[Array, Array]:
+    """For each of `new`, its position among `old` (any order) and whether it is there; `n` or more is padding."""
+    if old.ndim > 1:
+        return jax.vmap(lambda o, i: positions_in(o, i, n))(old, new)
+    order = jnp.argsort(old)
+    at = jnp.minimum(jnp.searchsorted(old[order], new), old.size - 1)
+    return order[at], (old[order][at] == new) & (new < n)
+
+
+def _follow(array: Array, at: Array, there: Array, axis: int) -> Array:
+    """The entries of `array` at positions `at` along `axis`, zero where they are not there."""
+    trailing = (1,) * (-axis - 1)
+    leading = (1,) * (array.ndim - at.ndim - len(trailing))
+    shape = at.shape[:-1] + leading + at.shape[-1:] + trailing
+    return jnp.where(there.reshape(shape), jnp.take_along_axis(array, at.reshape(shape), axis=axis), 0)
+
+
+def _reindex(w: UnitNode, new: Array, fold: bool) -> UnitNode:
+    field, where = PARTS[type(w)]
+    values, axis = getattr(w, field), unit_axis(w)
+    at, stays = _found(w, new)
+    kept = _follow(values, at, stays, axis)
+    if isinstance(w, SparseDelta):
+        if fold:
+            _, goes_on = positions_in(new, w.indices, num_units(w))
+            base = materialize(w.replace(values=jnp.where(goes_on, 0, values)))
+        else:
+            base = w.base
+        return SparseDelta(base, Trains(kept), new)
+    base = materialize(w) if fold else w.base
+    dense = base if fold else materialize(base)
+    if isinstance(w, RowSplit):
+        fresh = gather_rows(dense, new, w.axis)
+    else:
+        p, q = values.shape[-2:]
+        take = lambda m, i: gather_blocks(m, i, p, q)  # noqa: E731
+        fresh = (jax.vmap(take) if new.ndim > 1 else take)(dense, new)
+    shape = [1] * values.ndim
+    shape[: new.ndim - 1] = new.shape[:-1]
+    shape[axis] = new.shape[-1]
+    trained = jnp.where(stays.reshape(shape), kept, fresh.astype(values.dtype))
+    return w.replace(base=base, **{field: Trains(trained), where: new})

@@ -1,0 +1,117 @@
+"""SaRA: the smallest weights train."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxft.errors import JaxftError
+from jaxft.methods.base import Method, Signals
+from jaxft.methods.probe import Probe
+from jaxft.methods.registry import register
+from jaxft.methods.selection.layers import at_rounds
+from jaxft.methods.selection.redraw import num_units, redraw
+from jaxft.methods.selection.scores import magnitude
+from jaxft.methods.selection.select import selection
+from jaxft.partition import Tuned, combine, shape_of, weights_by_path
+from jaxft.weights import SparseDelta, Tree, gather_flat, is_node, materialize
+
+THRESHOLD = "threshold"
+
+
+@register(
+    "sara",
+    title="SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
+    url="https://arxiv.org/abs/2409.06633",
+    family="selection",
+    learning_rate=1e-3,
+    example={"budget": 0.2, "adjustments": 2},
+)
+def sara(budget: float | int = 0.1, adjustments: int = 1, nuclear: float = 5e-4, on: str = "@linear") -> Method:
+    """Train the entries of smallest magnitude, and go on with those that stay small.
+
+    W' = W + P, P nonzero where |W| < t, t the threshold under which the budget of the model's entries lies:
+    `SparseDelta(base [L, ...], values [L, k], indices [L, k])`. The loss has + nuclear * sum of ||P||_* (the
+    singular values of each matrix's P). Midway, entries that have grown beyond t are frozen where they are, and those
+    still below train on.
+
+    Notes:
+        From diffusion models, carried over to the matrices of a language model as it is. The penalty costs some 50
+        products of every P with itself at each step, which large matrices make slow: nuclear=0 leaves it out.
+
+    Args:
+        budget: entries that train, of all selected ones: a fraction or a count.
+        adjustments: how often, at equal parts of the run, what is no longer small is frozen.
+        nuclear: weight of the penalty.
+        on: selector of the matrices.
+    """
+    if adjustments < 0 or nuclear < 0:
+        raise JaxftError(f"sara: adjustments={adjustments} and nuclear={nuclear} must not be negative")
+    start = selection(magnitude(), lowest=True, budget=budget, per="model", on=on)
+
+    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
+        tuned = start.init(rng, params, probe)
+        nodes = {p: w for p, w in weights_by_path(combine(tuned)).items() if p in tuned.state}
+        threshold = jnp.max(jnp.stack([jnp.max(jnp.abs(_entries(w))) for w in nodes.values()]))
+        return tuned._replace(state={**tuned.state, THRESHOLD: threshold})
+
+    def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
+        nodes = {p: w for p, w in weights_by_path(combine(tuned)).items() if p in tuned.state}
+        new = {p: still_small(w, tuned.state[THRESHOLD]) for p, w in nodes.items()}
+        return redraw(tuned, opt_state, new, donate=signals.donate)
+
+    def penalty(tuned: Tuned) -> Array:
+        nodes = [
+            w
+            for p, w in weights_by_path(combine(tuned)).items()
+            if p in tuned.state and isinstance(w, SparseDelta) and len(shape_of(w)) > 1
+        ]
+        return nuclear * sum(nuclear_norm(change_of(w)) for w in nodes)
+
+    due = at_rounds(adjustments + 1)
+    return Method(init, update=update if due else None, due=due, penalty=penalty if nuclear else None)
+
+
+def change_of(w: SparseDelta) -> Float[Array, "..."]:
+    """The dense matrix P of a sparse delta."""
+    return materialize(w.replace(base=jnp.zeros(shape_of(w), w.values.dtype)))
+
+
+def _entries(w: SparseDelta) -> Array:
+    """The weights at the positions of a sparse delta; zero at padding."""
+    dense = materialize(w.base) if is_node(w.base) else w.base
+    take = jax.vmap(gather_flat) if w.indices.ndim > 1 else gather_flat
+    return take(dense, w.indices).astype(jnp.float32) + w.values
+
+
+@jax.jit
+def still_small(w: SparseDelta, threshold: Array) -> Array:
+    """The indices whose weight is at most `threshold` in magnitude, ascending; the others become padding."""
+    return jnp.sort(jnp.where(jnp.abs(_entries(w)) <= threshold, w.indices, num_units(w)), axis=-1)
+
+
+@jax.custom_jvp
+def nuclear_norm(matrices: Float[Array, "... d_in d_out"]) -> Float[Array, ""]:
+    """The sum of singular values, ||P||_* = <P, U V^T>; its derivative is U V^T (0 in directions P does not have)."""
+    return jnp.sum(matrices * polar_factor(matrices))
+
+
+@nuclear_norm.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    (m,), (t,) = primals, tangents
+    factor = polar_factor(m)
+    return jnp.sum(m * factor), jnp.sum(factor * t)
+
+
+def polar_factor(matrices: Float[Array, "... m n"], steps: int = 24) -> Float[Array, "... m n"]:
+    """U V^T of the singular value decomposition, by Newton-Schulz: matrix products only, so it runs well everywhere.
+
+    X <- 1.5 X - 0.5 X X^T X takes every singular value to 1; those below 1e-4 of the Frobenius norm do not get there,
+    and zero stays zero.
+    """
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else jnp.swapaxes(matrices, -1, -2)
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-30)
+    x = jax.lax.fori_loop(0, steps, lambda _, x: 1.5 * x - 0.5 * (x @ jnp.swapaxes(x, -1, -2)) @ x, x)
+    return x if wide else jnp.swapaxes(x, -1, -2)

@@ -1,0 +1,181 @@
+"""Scores: what makes an entry worth training. Each is a pure function of weights and probe; the highest train."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxft.errors import JaxftError, nearest
+from jaxft.methods.base import path_key
+from jaxft.methods.probe import Probe
+from jaxft.methods.selection.full import full
+from jaxft.methods.selection.units import best_of_all, budget_count
+from jaxft.partition import weights_by_path
+from jaxft.weights import Tree, materialize
+
+__all__ = ["SCORES", "Candidates", "Score", "budget_count", "make_score", "top_k_masks"]
+
+
+class Candidates(NamedTuple):
+    """What may train.
+
+    weights: dense arrays by path.
+    params: the whole model, without marks: what passes over data run on.
+    units: `[pools, n]`, the shape of the units that are chosen from, by path.
+    """
+
+    weights: dict[str, Array]
+    params: Tree
+    units: dict[str, tuple[int, int]]
+
+
+Score = Callable[[PRNGKeyArray, Candidates, Probe], dict[str, Array]]
+"""`(rng, candidates, probe) -> scores by path`: of entries, in the shape of the weight (the caller reduces them to
+units), or of the units themselves."""
+
+
+def random() -> Score:
+    """Uniform noise: any unit as likely as another."""
+
+    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+        with jax.ensure_compile_time_eval():  # a draw is a value, also where `init` is traced over abstract weights
+            return {p: jax.random.uniform(path_key(rng, p), shape) for p, shape in candidates.units.items()}
+
+    return score
+
+
+def magnitude() -> Score:
+    """|w|."""
+    return lambda rng, candidates, probe: {p: jnp.abs(w) for p, w in candidates.weights.items()}
+
+
+def gradient(batches: int = 1) -> Score:
+    """|g|, g the mean gradient over `batches` calibration batches."""
+
+    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+        found = probe.gradients_of(candidates.params, candidates.weights, batches)
+        return {p: jnp.abs(g) for p, g in found.items()}
+
+    return score
+
+
+def absolute_gradient(batches: int = 1) -> Score:
+    """The mean of |g| over `batches` calibration batches (of single batches, so that signs do not cancel)."""
+    return lambda rng, candidates, probe: probe.gradients_of(candidates.params, candidates.weights, batches, jnp.abs)
+
+
+def fisher(batches: int = 8) -> Score:
+    """The mean of g**2 over `batches` calibration batches: the diagonal of the empirical Fisher information."""
+    return lambda rng, candidates, probe: probe.gradients_of(candidates.params, candidates.weights, batches, jnp.square)
+
+
+def first_order(batches: int = 1) -> Score:
+    """|w g|: the change of the loss, to first order, if the entry were zero (SNIP)."""
+
+    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+        found = probe.gradients_of(candidates.params, candidates.weights, batches)
+        return {p: jnp.abs(g * candidates.weights[p]) for p, g in found.items()}
+
+    return score
+
+
+def low_rank(rank: int = 128) -> Score:
+    """|w_r|, w_r the best approximation of the matrix of rank `rank` (singular value decomposition)."""
+    if rank < 1:
+        raise JaxftError(f"score low_rank: rank={rank} must be at least 1")
+    return lambda rng, candidates, probe: {p: _low_rank(w, rank) for p, w in candidates.weights.items()}
+
+
+def _low_rank(w: Array, rank: int) -> Array:
+    if w.ndim < 2:
+        return jnp.abs(w)
+    if isinstance(w, jax.core.Tracer) or not w.is_fully_addressable:
+        return _reduced(w, rank)
+    # A decomposition does not divide: on one device, rather than the same one on all of them at once.
+    return jax.device_put(_reduced(jax.device_put(w, min(w.devices(), key=lambda d: d.id)), rank), w.sharding)
+
+
+def _reduced(w: Array, rank: int) -> Array:
+    u, s, v = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
+    return jnp.abs((u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :])
+
+
+def change(steps: int = 100, relative: bool = False) -> Score:
+    """|w' - w| after `steps` steps of full tuning on the job's own data, which are then undone.
+
+    `relative` divides by the root mean square of the matrix, so that leaves of different scale compare.
+    """
+    if steps < 1:
+        raise JaxftError(f"score change: steps={steps} must be at least 1")
+
+    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+        start = materialize(candidates.params)
+        trained = probe.train(start, full(on="|".join(candidates.weights)), steps)
+        after, found = weights_by_path(trained), {}
+        for path, w in candidates.weights.items():
+            moved = jnp.abs(after[path].astype(jnp.float32) - w.astype(jnp.float32))
+            axes = tuple(range(max(w.ndim - 2, 0), w.ndim))
+            norm = jnp.sqrt(jnp.mean(jnp.square(w.astype(jnp.float32)), axis=axes, keepdims=True))
+            found[path] = moved / jnp.maximum(norm, 1e-12) if relative else moved
+        return found
+
+    return score
+
+
+def activation(batches: int = 8) -> Score:
+    """|w| ||x||: magnitude times the root mean square of the input channel (Wanda)."""
+
+    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+        inputs = probe.activations(candidates.params, batches, on=list(candidates.weights))
+        return {p: jnp.abs(w) * inputs[p][..., None] for p, w in candidates.weights.items()}
+
+    return score
+
+
+SCORES: dict[str, Callable[..., Score]] = {
+    "random": random,
+    "magnitude": magnitude,
+    "gradient": gradient,
+    "absolute_gradient": absolute_gradient,
+    "fisher": fisher,
+    "first_order": first_order,
+    "low_rank": low_rank,
+    "change": change,
+    "activation": activation,
+}
+
+
+def make_score(spec: str | dict[str, Any] | Score) -> Score:
+    """A score from its name, from `{name: ..., options}`, or as it is.
+
+    Raises:
+        JaxftError: the name or an option is unknown; the message names the nearest.
+    """
+    if callable(spec):
+        return spec
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if name not in SCORES:
+        raise JaxftError(f'unknown score "{name}": {nearest(str(name), SCORES)}')
+    known = inspect.signature(SCORES[name]).parameters
+    for option in options:
+        if option not in known:
+            raise JaxftError(f'score "{name}" has no option "{option}": {nearest(option, known)}')
+    return SCORES[name](**options)
+
+
+def top_k_masks(scores: dict[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
+    """Masks of exactly the `k` highest scores over all weights together; ties go to the earlier entry.
+
+    Raises:
+        JaxftError: `k` is not between 1 and the number of entries.
+    """
+    total = sum(s.size for s in scores.values())
+    if not 1 <= k <= total:
+        raise JaxftError(f"a budget of {k} entries does not fit the {total} entries selected: it must be 1 to {total}")
+    masks = best_of_all({p: jnp.asarray(s).reshape(1, -1) for p, s in scores.items()}, k)
+    return {p: np.asarray(m).reshape(scores[p].shape) for p, m in masks.items()}

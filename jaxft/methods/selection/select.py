@@ -1,0 +1,319 @@
+"""`select`: any selection, as score x granularity x budget x schedule x what happens when it is drawn again."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from jaxft.errors import JaxftError
+from jaxft.methods.base import Method, Signals, fold_in, rewrite
+from jaxft.methods.probe import Probe
+from jaxft.methods.registry import register
+from jaxft.methods.selection.layers import at_rounds, every
+from jaxft.methods.selection.redraw import PARTS, OptimizerState, Values, num_units, redraw
+from jaxft.methods.selection.scores import Candidates, Score, make_score
+from jaxft.methods.selection.units import (
+    WITHIN,
+    Budget,
+    Granularity,
+    Per,
+    Reduction,
+    best_in_rows,
+    check_choice,
+    positions,
+    reduce_to_units,
+    spend,
+    unit_shape,
+)
+from jaxft.partition import (
+    Roles,
+    Selector,
+    Trains,
+    Tuned,
+    combine,
+    has_marks,
+    shape_of,
+    split,
+    unmarked,
+    weights_by_path,
+)
+from jaxft.partition import select as select_paths
+from jaxft.weights import (
+    BlockSplit,
+    RowSplit,
+    SiteModule,
+    SparseDelta,
+    Split,
+    Tree,
+    Weight,
+    gather_blocks,
+    gather_rows,
+    is_node,
+    materialize,
+    split_layers,
+)
+
+
+@register(
+    "select",
+    title="A selection of your own",
+    url="",
+    family="selection",
+    learning_rate=1e-3,
+    example={"score": {"name": "fisher", "batches": 2}, "granularity": "row", "budget": 0.25, "period": 2},
+)
+def select(
+    score: str | dict[str, Any] | Callable = "magnitude",
+    granularity: Granularity = "element",
+    budget: float | int = 0.05,
+    per: Per | None = None,
+    on: str = "@linear",
+    size: int = 1,
+    reduction: Reduction = "mean",
+    lowest: bool = False,
+    period: int = 0,
+    rounds: int = 1,
+    values: Values = "fold",
+    optimizer_state: OptimizerState = "carry",
+) -> Method:
+    """Train the units of weights that score highest: theta <- theta - M * update(gradient), M by score and budget.
+
+    Elements become `SparseDelta(base [L, ...], values [L, k], indices [L, k])`, rows and columns
+    `RowSplit(base, rows [L, k, d_out], index [L, k])`, blocks `BlockSplit`, matrices and layers `Split`: gradients and
+    moments exist for what trains only. When the selection is drawn again, every matrix keeps how many units of it train
+    and shapes stay, so nothing recompiles.
+
+    Args:
+        score: a name (`jaxft.methods.selection.scores`), `{name: ..., options}`, or a function
+            `(rng, candidates, probe) -> scores by path`.
+        granularity: what is chosen as a whole: element, row (input channel), column (output channel), block, matrix (of
+            one layer), layer (all its matrices), leaf (all its layers).
+        budget: how much of each pool trains: a fraction below 1, or a number of units.
+        per: what shares one budget: the units of a matrix (the default within matrices), of a leaf, of a layer, of a
+            category, or of the model (the default for whole matrices, layers and leaves).
+        on: selector of the candidates.
+        size: how many consecutive rows or columns are one unit (the width of a head), or the side of a block.
+        reduction: how the scores of the entries of a unit are summed up: mean, sum, norm or max.
+        lowest: whether the lowest scores train instead of the highest.
+        period: steps between draws; 0 draws once.
+        rounds: equal parts of the run (epochs), each with a new draw; 1 draws once.
+        values: what a unit that stops training keeps: `fold` its trained value, `rewind` the one it started from.
+        optimizer_state: at a new draw, `carry` keeps the moments of what goes on training, `reset` restarts all.
+    """
+    if period < 0 or rounds < 1 or (period and rounds > 1):
+        raise JaxftError(f"select: period={period}, rounds={rounds}: give a period in steps or rounds, not both")
+    return selection(
+        make_score(score),
+        granularity=granularity,
+        budget=budget,
+        per=per,
+        on=on,
+        size=size,
+        reduction=reduction,
+        lowest=lowest,
+        due=every(period) if period else at_rounds(rounds),
+        values=values,
+        optimizer_state=optimizer_state,
+    )
+
+
+def selection(
+    score: Score,
+    *,
+    granularity: Granularity = "element",
+    budget: Budget = 0.05,
+    per: Per | None = None,
+    on: Selector = "@linear",
+    size: int = 1,
+    reduction: Reduction = "mean",
+    lowest: bool = False,
+    due: Callable[[int, int], bool] | None = None,
+    values: Values = "fold",
+    optimizer_state: OptimizerState = "carry",
+) -> Method:
+    """What `select` is made of, for presets: the budget may be a function of a matrix's shape, the schedule any `due`.
+
+    Raises:
+        JaxftError: choices that do not go together.
+    """
+    per = _check(granularity, per, size, due, values)
+    measure = Measure(score, granularity, size, reduction, lowest)
+
+    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
+        chosen = choose(rng, params, probe, measure, budget, per, on)
+
+        def cut(path: str, w: Weight) -> Weight:
+            mask, k = chosen[path]
+            stacked = probe.roles.is_stacked(path)
+            if granularity in WITHIN:
+                return cut_units(w, positions(mask, k), granularity, size, stacked)
+            return cut_layers(w, mask[:, 0]) if stacked and granularity != "leaf" else Trains(w)
+
+        tuned = split(rewrite(params, list(chosen), cut, roles=probe.roles))
+        # The nodes of this method, by path: those of other methods in a chain are not its to draw again.
+        cuts = [p for p, w in weights_by_path(combine(tuned)).items() if p in chosen and is_node(w)]
+        return tuned._replace(state={p: jnp.zeros((), jnp.int32) for p in cuts})
+
+    def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
+        params = combine(tuned)
+        nodes = {p: w for p, w in weights_by_path(params).items() if p in tuned.state}
+        scores = measure.units(rng, {p: materialize(w) for p, w in nodes.items()}, params, signals.probe)
+        if granularity == "layer":
+            scores = dict.fromkeys(nodes, sum(scores.values()))
+        new = {p: draw_again(w, scores[p], size) for p, w in nodes.items()}
+        return redraw(tuned, opt_state, new, values=values, optimizer_state=optimizer_state, donate=signals.donate)
+
+    return Method(init, update=update if due else None, due=due)
+
+
+class Measure(NamedTuple):
+    """How units are scored."""
+
+    score: Score
+    granularity: Granularity = "element"
+    size: int = 1
+    reduction: Reduction = "mean"
+    lowest: bool = False
+
+    def units(self, rng: PRNGKeyArray, dense: dict[str, Array], params: Tree, probe: Probe) -> dict[str, Array]:
+        """Scores `[pools, n]` of the units of dense weights, by path; the highest train."""
+        stacked = {p: probe.roles.is_stacked(p) for p in dense}
+        shapes = {p: unit_shape(self.granularity, tuple(w.shape), stacked[p], self.size, p) for p, w in dense.items()}
+        found = {}
+        for path, s in self.score(rng, Candidates(dense, params, shapes), probe).items():
+            if s.shape != shapes[path]:
+                s = reduce_to_units(s, self.granularity, stacked[path], self.size, self.reduction)
+            found[path] = -s if self.lowest else s
+        return found
+
+
+def choose(
+    rng: PRNGKeyArray,
+    params: Tree,
+    probe: Probe,
+    measure: Measure,
+    budget: Budget,
+    per: Per,
+    on: Selector,
+    *,
+    keep_empty: bool = False,
+) -> dict[str, tuple[Array, int]]:
+    """What trains of a model that may carry marks: path -> (mask of units `[pools, n]`, the most that any row has).
+
+    Leaves of which nothing trains are left out, unless `keep_empty`.
+    """
+    paths, allowed = _candidates(params, on, probe.roles, measure.granularity)
+    weights = weights_by_path(params)
+    dense = {p: materialize(weights[p]) for p in paths}
+    scores = measure.units(fold_in(rng, 0), dense, unmarked(params), probe)
+    matrices = {p: tuple(w.shape[probe.roles.is_stacked(p) :]) for p, w in dense.items()}
+    traced = any(isinstance(s, jax.core.Tracer) for s in scores.values())
+    # Random scores are values also where `init` is traced over abstract weights: so is what they choose.
+    with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
+        if measure.granularity == "layer":
+            whole = {"layer": sum(scores.values())}
+            every = {"layer": np.logical_and.reduce(list(allowed.values()))}
+            chosen = dict.fromkeys(paths, spend(whole, every, budget, "leaf", {}, {})["layer"])
+        else:
+            chosen = spend(scores, allowed, budget, per, _categories(probe.roles, params), matrices)
+    return {p: (mask, k) for p, (mask, k) in chosen.items() if k or keep_empty}
+
+
+def _check(granularity: str, per: Per | None, size: int, due: object, values: str) -> Per:
+    check_choice("granularity", granularity, Granularity)
+    if size < 1 or (size > 1 and granularity not in ("row", "column", "block")):
+        raise JaxftError(f"size={size} goes with rows, columns and blocks and is at least 1, not with {granularity}s")
+    fitting: dict[str, tuple[Per, ...]] = {
+        "matrix": ("leaf", "layer", "category", "model"),
+        "layer": ("model",),
+        "leaf": ("category", "model"),
+    }
+    fits = fitting.get(granularity, ("matrix", "leaf", "layer", "category", "model"))
+    per = per or ("matrix" if granularity in WITHIN else "model")
+    if per not in fits:
+        raise JaxftError(f'per="{per}" does not go with granularity="{granularity}": expected one of {", ".join(fits)}')
+    if due and granularity == "leaf":
+        raise JaxftError("which leaves train is structure and cannot be drawn again: use granularity matrix or layer")
+    if due and values == "rewind" and granularity not in WITHIN:
+        raise JaxftError(f'values="rewind" needs the frozen value beside the trained one, which a {granularity} lacks')
+    return per
+
+
+def _candidates(params: Tree, on: Selector, roles: Roles, granularity: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The paths that may be cut, and their layers that may train."""
+    weights = weights_by_path(params)
+    found = select_paths(params, on, roles=roles)
+
+    def fits(w: Weight) -> bool:
+        return not has_marks(w) and not isinstance(w, SiteModule) and (granularity in WITHIN or not is_node(w))
+
+    paths = [p for p in found if fits(weights[p])]
+    if not paths:
+        raise JaxftError(f'everything selected by "{on}" is already taken by an earlier method of the chain')
+    if granularity == "layer" and not all(map(roles.is_stacked, paths)):
+        loose = next(p for p in paths if not roles.is_stacked(p))
+        raise JaxftError(f'"{loose}" is in no layer: select stacked leaves, e.g. on: "layers"')
+    allowed = {}
+    for path in paths:
+        rows = shape_of(weights[path])[0] if roles.is_stacked(path) and granularity != "leaf" else 1
+        if found[path] is not True and granularity == "leaf":
+            raise JaxftError(f'"{path}" is selected for some layers only: use granularity matrix or layer')
+        allowed[path] = np.ones(rows, bool) if found[path] is True else np.asarray(found[path])
+    return paths, allowed
+
+
+def _categories(roles: Roles, params: Tree) -> Mapping[str, str]:
+    return {
+        path: name
+        for name, selectors in roles.categories.items()
+        for selector in selectors
+        for path in select_paths(params, selector, roles=roles, allow_empty=True)
+    }
+
+
+# --- units as nodes ---------------------------------------------------------------------------------------------------
+
+
+def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> Weight:
+    """The node that trains the units at `index [pools, k]` of a weight, with its mark."""
+    index = index if stacked else index[0]
+    if granularity == "element":
+        return SparseDelta(w, Trains(jnp.zeros(index.shape, jnp.float32)), index)
+    dense = materialize(w)
+    if granularity == "block":
+        take = lambda m, i: gather_blocks(m, i, size, size)  # noqa: E731
+        return BlockSplit(w, Trains((jax.vmap(take) if stacked else take)(dense, index)), index)
+    axis, index = -2 if granularity == "row" else -1, spell_out(index, size)
+    return RowSplit(w, Trains(gather_rows(dense, index, axis)), index, axis)
+
+
+def cut_layers(w: Array, mask: Array) -> Weight:
+    """A stack `[L, ...]` of which the masked layers train: `Split`, or the marked array where all do."""
+    k = int(np.asarray(mask).sum())
+    if k == mask.size:
+        return Trains(w)
+    cut = split_layers(w, mask, k)
+    return cut.replace(trainable=Trains(cut.trainable))
+
+
+def spell_out(index: Array, size: int) -> Array:
+    """Groups of `size` consecutive slices, `[..., k]`, as their slices, `[..., k * size]`."""
+    slices = index[..., None] * size + jnp.arange(size, dtype=index.dtype)
+    return slices.reshape(*index.shape[:-1], -1)
+
+
+def draw_again(w: Weight, scores: Array, size: int = 1, *, counts: Array | None = None) -> Array:
+    """The best units of every matrix, as many as now (or `counts [pools]`): new indices, or a mask for a `Split`."""
+    if isinstance(w, Split):
+        return best_in_rows(scores.reshape(1, -1), w.is_trainable.sum(dtype=jnp.int32)[None])[0]
+    index = getattr(w, PARTS[type(w)][1])
+    rows = index.reshape(-1, index.shape[-1])
+    group = size if isinstance(w, RowSplit) else 1
+    if counts is None:
+        counts = (rows < num_units(w)).sum(-1, dtype=jnp.int32) // group
+    best = positions(best_in_rows(scores, counts), rows.shape[-1] // group)
+    return spell_out(best, group).reshape(index.shape) if group > 1 else best.reshape(index.shape)

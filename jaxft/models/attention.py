@@ -1,0 +1,214 @@
+"""Attention through one function, with packing: tokens see earlier tokens of their own segment only."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxft.errors import JaxftError, nearest
+from jaxft.models.sharding import mesh_axes, platform, spec_of
+
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+PROMPT_SEGMENT = -1  # the segment of virtual tokens: as keys they are visible to every segment
+_MIN_BLOCK, _MAX_BLOCK = 128, 512  # of splash attention: the lane width of a TPU, and a size that fits its VMEM
+_FUSED_BLOCKS = 8  # up to so many blocks of keys the backward pass of splash attention runs as one kernel
+
+
+def attention(
+    q: Float[Array, "batch seq heads dim"],
+    k: Float[Array, "batch keys kv_heads dim"],
+    v: Float[Array, "batch keys kv_heads dim"],
+    *,
+    positions: Int[Array, "#batch seq"],
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    key_positions: Int[Array, "#batch keys"] | None = None,
+    key_segment_ids: Int[Array, "batch keys"] | None = None,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "batch seq heads dim"]:
+    """`softmax(q k^T / sqrt(dim)) v` over the keys a query may see; softmax in fp32, result in the dtype of `q`.
+
+    A query sees the keys of its own segment (and of `PROMPT_SEGMENT`), at positions not after its own if `causal`, and
+    less than `sliding_window` before it. Segment 0 is padding: no query sees it as a key, and what padded queries get
+    is finite and means nothing. Positions count up by one inside a segment. Without `key_positions` the keys are those
+    of the queries. `heads` is a multiple of `kv_heads`: query head h reads key/value head `h // (heads / kv_heads)`.
+
+    Implementations: "xla" runs everywhere; "splash" is the Pallas flash attention for TPU that ships with JAX
+    (interpreted, slowly, elsewhere); "cudnn" is cuDNN's for GPU, in bf16 or fp16; "auto" takes the fastest that can
+    compute the case. Asking for one that cannot raises JaxftError with the reason.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise JaxftError(f'attention "{implementation}" is unknown: {nearest(implementation, IMPLEMENTATIONS)}')
+    is_self = key_positions is None
+    if implementation == "auto":
+        implementation = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
+        if _obstacle(implementation, q, k, is_self=is_self, causal=causal, softcap=softcap):
+            implementation = "xla"
+    elif reason := _obstacle(implementation, q, k, is_self=is_self, causal=causal, softcap=softcap):
+        raise JaxftError(f'attention "{implementation}" cannot be used here: {reason}. Use "auto" or "xla"')
+
+    if implementation == "splash":
+        return _splash(q, k, v, segment_ids, sliding_window=sliding_window, softcap=softcap)
+    mask = _mask(
+        positions,
+        positions if is_self else key_positions,
+        segment_ids,
+        segment_ids if is_self else key_segment_ids,
+        causal=causal,
+        sliding_window=sliding_window,
+    )
+    if implementation == "cudnn":
+        # It skips what is not causal or outside of the window by itself; segments it takes as a mask only.
+        window = None if sliding_window is None else (sliding_window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=None if segment_ids is None else mask[:, None],
+            is_causal=causal,
+            local_window_size=window,
+            implementation="cudnn",
+        )
+    return _xla(q, k, v, mask, softcap)
+
+
+def _obstacle(
+    implementation: str, q: Array, k: Array, *, is_self: bool, causal: bool, softcap: float | None
+) -> str | None:
+    """Why an implementation cannot compute this case, or None if it can. `k` serves the shapes of the case only."""
+    if implementation == "xla":
+        return None
+    if not is_self:
+        return "keys that are not those of the queries (a key/value cache or a soft prompt)"
+    seq, head_dim = q.shape[1], q.shape[3]
+    if implementation == "splash":
+        shards = _sequence_shards(seq)
+        if seq % (_MIN_BLOCK * shards):
+            return f"the sequence length {seq} is not a multiple of {_MIN_BLOCK * shards}"
+        if not causal:
+            return "it is used for causal attention only"
+        if platform() == "tpu" and head_dim % 64:
+            return f"head_dim {head_dim} is not a multiple of 64"
+        return None
+    if platform() != "gpu":
+        return "there is no GPU"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not in {q.dtype}"
+    if softcap is not None:
+        return "it has no soft cap"
+    if not causal or seq % 2:
+        return "it is used for causal attention over an even number of positions only"
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
+    if _sequence_shards(seq) > 1:
+        return "the sequence is cut over the mesh"
+    return None
+
+
+def _mask(
+    positions: Int[Array, "#batch seq"],
+    key_positions: Int[Array, "#batch keys"],
+    segment_ids: Int[Array, "batch seq"] | None,
+    key_segment_ids: Int[Array, "batch keys"] | None,
+    *,
+    causal: bool,
+    sliding_window: int | None,
+) -> Bool[Array, "#batch seq keys"]:
+    """Which keys each query sees."""
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    mask = jnp.ones_like(distance, bool)
+    if causal:
+        mask &= distance >= 0
+    if sliding_window is not None:
+        mask &= distance < sliding_window
+    if segment_ids is not None and key_segment_ids is not None:
+        keys = key_segment_ids[:, None, :]
+        mask &= (segment_ids[:, :, None] == keys) | (keys == PROMPT_SEGMENT)
+        mask &= keys != 0
+    return mask
+
+
+def _xla(q: Array, k: Array, v: Array, mask: Bool[Array, "#batch seq keys"], softcap: float | None) -> Array:
+    batch, seq, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, dim)
+    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    mask = mask[:, None, None]
+    logits = jnp.where(mask, logits, -1e30)  # finite: a row without any key stays finite, and so does its gradient
+    probabilities = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", probabilities, v).reshape(batch, seq, heads, dim)
+
+
+def _sequence_shards(seq: int) -> int:
+    axes = mesh_axes("sequence", seq)
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) if axes else 1
+
+
+def _splash(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, *, sliding_window: int | None, softcap: float | None
+) -> Array:
+    """Splash attention, one call a device: batch, heads and query positions are cut over the ambient mesh."""
+    batch, seq, heads, dim = q.shape
+    shape = (seq, seq)
+    mask = splash_attention.CausalMask(shape)
+    if sliding_window is not None:
+        mask = splash_attention.LocalMask(shape, (sliding_window - 1, 0), offset=0)
+    heads_axes = mesh_axes("heads", k.shape[2])
+    sequence_shards = _sequence_shards(seq)
+    head_shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in heads_axes or ())
+    block = max(size for size in (128, 256, _MAX_BLOCK) if (seq // sequence_shards) % size == 0)
+    kernel = splash_attention.make_splash_mha(
+        mask=splash_attention.MultiHeadMask([mask] * heads),
+        block_sizes=_block_sizes(block, seq // block <= _FUSED_BLOCKS),
+        head_shards=head_shards,
+        q_seq_shards=sequence_shards,
+        attn_logits_soft_cap=softcap,
+        interpret=platform() != "tpu",
+    )
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, seq), jnp.int32)
+
+    def local(kernel: Any, q: Array, k: Array, v: Array, query_segments: Array, key_segments: Array) -> Array:
+        ids = splash_attention.SegmentIds(query_segments, key_segments)
+        return jax.vmap(kernel)(q, k, v, segment_ids=ids)
+
+    q = (q / math.sqrt(dim)).astype(q.dtype)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # heads before positions
+    if not jax.sharding.get_abstract_mesh().empty:
+        batch_axes, sequence_axes = mesh_axes("batch", batch), mesh_axes("sequence", seq)
+        query_spec = PartitionSpec(batch_axes, heads_axes, sequence_axes, None)
+        key_spec = PartitionSpec(batch_axes, heads_axes, None, None)
+        mesh = jax.sharding.get_abstract_mesh()
+        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads_axes, sequence_axes)))
+        segments_spec = spec_of((batch, seq), ("batch", "sequence"))
+        local = jax.shard_map(
+            local,
+            in_specs=(kernel_spec, query_spec, key_spec, key_spec, segments_spec, PartitionSpec(batch_axes, None)),
+            out_specs=query_spec,
+            check_vma=False,
+        )
+    return jnp.swapaxes(local(kernel, q, k, v, segment_ids, segment_ids), 1, 2)
+
+
+@functools.cache
+def _block_sizes(block: int, fused: bool) -> splash_attention.BlockSizes:
+    """Blocks of one size. Fused, the backward pass computes the scores once and not twice, but writes the gradient of
+    the queries once for every block of keys before it sums them."""
+    return splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
+    )

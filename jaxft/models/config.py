@@ -1,0 +1,344 @@
+"""What a decoder is: one frozen, hashable description, read from and written to a Hugging Face `config.json`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxft.errors import JaxftError, nearest
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
+_ACTIVATION_ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: the base `theta` and how its frequencies are stretched.
+
+    `type` is one of `ROPE_TYPES`. `factor` and the other fields mean what they mean in Hugging Face configs
+    (`rope_scaling`, or `rope_parameters` since transformers 5) and keep their defaults where the type has no use for
+    them. `original_max_position_embeddings` is the context before stretching.
+    """
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 2048
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_ROPE_MAY_HAVE = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shapes and features of a decoder-only transformer (Llama 2/3, Mistral, Qwen2, Qwen3).
+
+    `hidden_size` D, `intermediate_size` F, `num_heads` H query heads and `num_kv_heads` K key/value heads of
+    `head_dim` Dh channels, `num_layers` L, `vocab_size` V. `sliding_layers[l]` says whether layer l attends to the last
+    `sliding_window` positions only. Raises JaxftError for impossible shapes.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise JaxftError(
+                f'model_type "{self.model_type}" is not supported: {nearest(self.model_type, MODEL_TYPES)}'
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise JaxftError(
+                f'hidden_act "{self.hidden_act}" is not supported: {nearest(self.hidden_act, ACTIVATIONS)}'
+            )
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise JaxftError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise JaxftError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
+                "every key/value head must serve the same number of query heads"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise JaxftError(f"head_dim is {self.head_dim}: rotary embeddings need an even number of channels")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise JaxftError(f"sliding_window is {self.sliding_window}: expected at least 1, or null for none")
+        sliding = self.sliding_layers or (self.sliding_window is not None,) * self.num_layers
+        if len(sliding) != self.num_layers:
+            raise JaxftError(f"sliding_layers names {len(sliding)} layers, the model has {self.num_layers}")
+        if any(sliding) and self.sliding_window is None:
+            raise JaxftError("sliding_layers names sliding layers but sliding_window is null")
+        # A window that no layer uses means nothing: one way to write one model keeps configs comparable.
+        object.__setattr__(self, "sliding_layers", tuple(sliding))
+        object.__setattr__(self, "sliding_window", self.sliding_window if any(sliding) else None)
+
+    def replace(self, **fields: Any) -> "DecoderConfig":
+        return dataclasses.replace(self, **fields)
+
+
+def _rope_from_huggingface(config: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if any(isinstance(entry, Mapping) for entry in parameters.values()):
+        raise JaxftError("rope_parameters holds one entry per layer type; only one for all layers is supported")
+    if rope_type not in ROPE_TYPES:
+        raise JaxftError(f'rope_type "{rope_type}" is not supported: {nearest(rope_type, ROPE_TYPES)}')
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise JaxftError(f"partial_rotary_factor {partial} is not supported: expected 1.0 (all channels rotate)")
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    known = (*_ROPE_NEEDS[rope_type], *_ROPE_MAY_HAVE.get(rope_type, ()))
+    fields = {name: parameters[name] for name in known if parameters.get(name) is not None}
+    if rope_type in ("llama3", "yarn"):
+        original = config.get("original_max_position_embeddings") or max_position_embeddings
+        fields.setdefault("original_max_position_embeddings", original)
+    if rope_type == "yarn":
+        fields.setdefault("factor", max_position_embeddings / fields["original_max_position_embeddings"])
+        fields["truncate"] = bool(parameters.get("truncate", True))
+    missing = [name for name in _ROPE_NEEDS[rope_type] if name not in fields]
+    if missing:
+        raise JaxftError(f'rope_parameters of rope_type "{rope_type}" lacks {", ".join(missing)}')
+    return RopeConfig(theta=float(theta), type=rope_type, **fields)
+
+
+def _rope_to_huggingface(rope: RopeConfig) -> dict[str, Any]:
+    names = (*_ROPE_NEEDS[rope.type], *_ROPE_MAY_HAVE.get(rope.type, ()))
+    parameters = {name: getattr(rope, name) for name in names if getattr(rope, name) is not None}
+    parameters |= {"rope_theta": rope.theta, "rope_type": rope.type}
+    return parameters if rope.truncate else parameters | {"truncate": False}
+
+
+def _token_ids(entry: int | list[int] | None) -> tuple[int, ...]:
+    if entry is None:
+        return ()
+    return tuple(int(token) for token in entry) if isinstance(entry, (list, tuple)) else (int(entry),)
+
+
+def _sliding_from_huggingface(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and which layers use it. Mistral: all; Qwen: those from `max_window_layers` on, or `layer_types`."""
+    model_type = config["model_type"]
+    window = config.get("sliding_window", 4096)
+    if model_type == "llama" or window is None:
+        return None, ()
+    if model_type == "mistral":
+        return int(window), (True,) * num_layers
+    if not config.get("use_sliding_window", False):
+        return None, ()
+    types = config.get("layer_types")
+    if types is not None:
+        unknown = set(types) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise JaxftError(f"layer_types holds {sorted(unknown)}: supported are full_attention, sliding_attention")
+        return int(window), tuple(kind == "sliding_attention" for kind in types)
+    first = int(config.get("max_window_layers", 28))
+    return int(window), tuple(layer >= first for layer in range(num_layers))
+
+
+def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
+    """A `DecoderConfig` from the contents of a Hugging Face `config.json`.
+
+    Reads both spellings of the rotary parameters (`rope_parameters`, or `rope_theta` + `rope_scaling`). Defaults of
+    absent keys are those of transformers for the model type. Raises JaxftError naming the key for an unknown
+    `model_type`, for a feature that is not supported, and for a required key that is absent.
+    """
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise JaxftError(f'model_type "{model_type}" is not supported: {nearest(str(model_type), MODEL_TYPES)}')
+    if config.get("quantization_config"):
+        raise JaxftError("quantization_config: quantised checkpoints are not supported; load the unquantised weights")
+    if config.get("attention_dropout"):
+        raise JaxftError(f"attention_dropout {config['attention_dropout']} is not supported: expected 0.0")
+
+    def need(name: str) -> Any:
+        if config.get(name) is None:
+            raise JaxftError(f"config.json of a {model_type} model lacks {name}")
+        return config[name]
+
+    num_heads, hidden_size = int(need("num_attention_heads")), int(need("hidden_size"))
+    num_layers = int(need("num_hidden_layers"))
+    max_positions = int(config.get("max_position_embeddings", {"mistral": 131072}.get(model_type, 2048)))
+    head_dim = config.get("head_dim")
+    if head_dim is None:
+        if hidden_size % num_heads and model_type != "qwen3":
+            raise JaxftError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+        head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
+    kv_heads = config.get("num_key_value_heads") or ({"mistral": 8}.get(model_type) or num_heads)
+    activation = config.get("hidden_act", "silu")
+    window, sliding_layers = _sliding_from_huggingface(config, num_layers)
+    bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+    return DecoderConfig(
+        model_type=model_type,
+        vocab_size=int(need("vocab_size")),
+        hidden_size=hidden_size,
+        intermediate_size=int(need("intermediate_size")),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=int(kv_heads),
+        head_dim=int(head_dim),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope=_rope_from_huggingface(config, max_positions),
+        hidden_act=_ACTIVATION_ALIASES.get(activation, activation),
+        qkv_bias=bias or model_type == "qwen2",
+        output_bias=bias,
+        mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
+        qk_norm=model_type == "qwen3",
+        sliding_window=window,
+        sliding_layers=sliding_layers,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        initializer_range=float(config.get("initializer_range", 0.02)),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_token_ids(config.get("eos_token_id")),
+        pad_token_id=config.get("pad_token_id"),
+    )
+
+
+def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The contents of the `config.json` that describes `config`, with tensors of `dtype` ("float32", "bfloat16", ...).
+
+    Rotary parameters are written in both spellings, so that transformers 4 and 5 read the same model.
+    """
+    eos = config.eos_token_ids
+    rope = _rope_to_huggingface(config.rope)
+    scaling = {key: entry for key, entry in rope.items() if key != "rope_theta"}
+    result = {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if config.rope.type == "default" else scaling,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
+        "pad_token_id": config.pad_token_id,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+    if config.model_type in ("llama", "qwen3"):
+        result["attention_bias"] = config.qkv_bias
+    if config.model_type == "llama":
+        result["mlp_bias"] = config.mlp_bias
+    if config.model_type == "mistral":
+        result["sliding_window"] = config.sliding_window
+    if config.model_type in ("qwen2", "qwen3"):
+        first = config.sliding_layers.index(True) if any(config.sliding_layers) else config.num_layers
+        result |= {
+            "use_sliding_window": config.sliding_window is not None,
+            "sliding_window": config.sliding_window,
+            "max_window_layers": first,
+            "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in config.sliding_layers],
+        }
+    return result
+
+
+def holding_biases(config: DecoderConfig, biased: frozenset[str]) -> DecoderConfig:
+    """The config that describes `config`'s model with biases on the projections `biased` ("attn.q", "mlp.down", ...).
+
+    Flags are all or nothing in Hugging Face configs, so projections without a bias get one (to be written as zeros).
+    A model type which cannot hold the biases becomes `llama` where that is the same function; otherwise JaxftError.
+    """
+    qkv = config.qkv_bias or bool(biased & {"attn.q", "attn.k", "attn.v"})
+    output = config.output_bias or "attn.o" in biased
+    mlp = config.mlp_bias or bool(biased & {"mlp.gate", "mlp.up", "mlp.down"})
+    unknown = biased - {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"}
+    if unknown:
+        raise JaxftError(f"no Hugging Face model type holds a bias on {', '.join(sorted(unknown))}")
+    own = {
+        "llama": True,
+        "qwen3": not mlp,
+        "qwen2": not (output or mlp),
+        "mistral": not (qkv or output or mlp),
+    }[config.model_type]
+    if own:
+        both = config.model_type in ("llama", "qwen3") and (qkv or output)
+        return config.replace(qkv_bias=qkv or both, output_bias=output or both, mlp_bias=mlp)
+    window = config.sliding_window
+    if config.qk_norm or (window is not None and window < config.max_position_embeddings):
+        reason = "q_norm and k_norm" if config.qk_norm else f"a sliding window of {window}"
+        raise JaxftError(
+            f"{config.model_type} cannot hold biases on {', '.join(sorted(biased))}, "
+            f"and llama, which can, has no {reason}: train without biases there, or export the delta only"
+        )
+    if config.hidden_size % config.num_heads:
+        raise JaxftError(
+            f"{config.model_type} cannot hold biases on {', '.join(sorted(biased))}, and llama, which can, needs "
+            f"hidden_size {config.hidden_size} to be a multiple of num_heads {config.num_heads}"
+        )
+    attention = qkv or output
+    return config.replace(
+        model_type="llama",
+        sliding_window=None,
+        sliding_layers=(),
+        qkv_bias=attention,
+        output_bias=attention,
+        mlp_bias=mlp,
+    )
+
+
+def yarn_attention_factor(rope: RopeConfig) -> float:
+    """The factor on cos and sin in YaRN (https://arxiv.org/abs/2309.00071, section 3.4: 0.1 ln(s) + 1)."""
+
+    def scale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return scale(rope.mscale) / scale(rope.mscale_all_dim)
+    return scale(1.0)

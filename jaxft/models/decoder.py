@@ -1,0 +1,150 @@
+"""The decoder's forward pass: functions of a params tree, scanned over its stacked layers.
+
+The functions see weights only through `jaxft.weights` (`linear`, `value`, `site`), so they run with whatever a method
+put into the tree.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxft.errors import JaxftError, nearest
+from jaxft.models.attention import attention
+from jaxft.models.config import DecoderConfig
+from jaxft.models.rope import rotary_embedding, rotate
+from jaxft.models.sharding import constrain
+from jaxft.weights import Tree, Weight, linear, scan_layers, site, value
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def rms_norm(x: Float[Array, "... dim"], scale: Weight, epsilon: float) -> Float[Array, "... dim"]:
+    """`x / rms(x) * scale` computed in fp32, returned in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * value(scale, jnp.float32)).astype(x.dtype)
+
+
+def project(layer: Tree, name: str, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
+    """The projection `name` ("attn.q") of one layer's params: matrix, bias wherever there is one, site."""
+    group, leaf = name.split(".")
+    weights = layer[group][leaf]
+    y = linear(x, weights["kernel"])
+    if "bias" in weights:
+        y = y + value(weights["bias"], y.dtype)
+    return site(layer, name, y)
+
+
+def decoder_block(
+    config: DecoderConfig,
+    layer: Tree,
+    x: Float[Array, "batch seq dim"],
+    rope: tuple[Array, Array],
+    attend: Callable[[Array, Array, Array], Array],
+) -> Float[Array, "batch seq dim"]:
+    """One layer: attention and MLP, each normalised first and added to the residual stream."""
+    epsilon = config.rms_norm_eps
+
+    def heads(name: str, normed: Array) -> Float[Array, "batch seq heads head_dim"]:
+        y = project(layer, f"attn.{name}", normed)
+        return y.reshape(*y.shape[:-1], -1, config.head_dim)
+
+    normed = site(layer, "attn_norm", rms_norm(x, layer["attn_norm"]["scale"], epsilon))
+    q, k, v = heads("q", normed), heads("k", normed), heads("v", normed)
+    if config.qk_norm:
+        q = rms_norm(q, layer["attn"]["q_norm"]["scale"], epsilon)
+        k = rms_norm(k, layer["attn"]["k_norm"]["scale"], epsilon)
+    mixed = attend(rotate(q, *rope), rotate(k, *rope), v)
+    x = x + site(layer, "attn", project(layer, "attn.o", mixed.reshape(*mixed.shape[:-2], -1)))
+
+    normed = site(layer, "mlp_norm", rms_norm(x, layer["mlp_norm"]["scale"], epsilon))
+    gated = _ACTIVATIONS[config.hidden_act](project(layer, "mlp.gate", normed)) * project(layer, "mlp.up", normed)
+    x = x + site(layer, "mlp", project(layer, "mlp.down", gated))
+    return constrain(site(layer, "block", x), "batch", "sequence", None)
+
+
+def run_layers(
+    config: DecoderConfig,
+    layers: Tree,
+    x: Float[Array, "batch seq dim"],
+    positions: Int[Array, "#batch seq"],
+    segment_ids: Int[Array, "batch seq"] | None,
+    *,
+    remat: str = "none",
+    implementation: str = "auto",
+    cache: dict | None = None,
+) -> tuple[Float[Array, "batch seq dim"], dict | None]:
+    """Scan the stacked layers. With a cache, keys and values are written after those it holds, and all are seen."""
+    rope = rotary_embedding(config, positions)
+    if cache is not None:
+        start, cache = cache["length"], _append_tokens(cache, positions, segment_ids)
+
+    def block(carry: tuple[Array, Any], layer: Tree, xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], None]:
+        x, kv = carry
+        index, is_sliding = xs
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            nonlocal kv
+            see = functools.partial(
+                attention, positions=positions, segment_ids=segment_ids, implementation=implementation
+            )
+            if cache is not None:
+                at = (index, 0, start, 0, 0)
+                kv = {
+                    name: jax.lax.dynamic_update_slice(kv[name], new[None].astype(kv[name].dtype), at)
+                    for name, new in (("k", k), ("v", v))
+                }
+                k, v = kv["k"][index], kv["v"][index]
+                see = functools.partial(see, key_positions=cache["positions"], key_segment_ids=cache["segment_ids"])
+            windowed = functools.partial(see, sliding_window=config.sliding_window)
+            if len(set(config.sliding_layers)) == 1:
+                return windowed(q, k, v)
+            return jax.lax.cond(is_sliding, windowed, see, q, k, v)
+
+        x = decoder_block(config, layer, x, rope, attend)
+        return (x, kv), None
+
+    kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+    xs = (jnp.arange(config.num_layers), jnp.asarray(config.sliding_layers))
+    (x, kv), _ = scan_layers(rematerialized(block, remat), layers, (x, kv), xs)
+    return x, (None if cache is None else {**cache, **kv})
+
+
+REMAT_POLICIES = ("none", "block", "dots", "offload")
+
+
+def rematerialized(block: Callable, policy: str) -> Callable:
+    """`block` recomputed in the backward pass, but for what the policy keeps of a layer.
+
+    "none" keeps everything; "block" the input of the layer only; "dots" the results of its projections;
+    "offload" those too, in host memory.
+    """
+    policies = jax.checkpoint_policies
+    if policy not in REMAT_POLICIES:
+        raise JaxftError(f'remat "{policy}" is unknown: {nearest(policy, REMAT_POLICIES)}')
+    if policy == "none":
+        return block
+    saved = {
+        "block": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[policy]
+    return jax.checkpoint(block, policy=saved, prevent_cse=False)  # inside a scan nothing merges the two passes
+
+
+def _append_tokens(cache: dict, positions: Array, segment_ids: Array) -> dict:
+    at = (0, cache["length"])
+    written = {
+        name: jax.lax.dynamic_update_slice(cache[name], jnp.broadcast_to(new, segment_ids.shape).astype(jnp.int32), at)
+        for name, new in (("positions", positions), ("segment_ids", segment_ids))
+    }
+    return {**cache, **written, "length": cache["length"] + segment_ids.shape[1]}

@@ -1,0 +1,139 @@
+"""A language model: tokens to hidden states to scores. A batch flows `embed -> layers -> final_norm -> logits`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from jaxft.models.architecture import Decoder, logical_axes
+from jaxft.models.attention import PROMPT_SEGMENT
+from jaxft.models.config import DecoderConfig
+from jaxft.models.decoder import rms_norm, run_layers
+from jaxft.models.sharding import constrain, mesh_axes
+from jaxft.weights import Tree, embed, linear, prompt_embeddings, site, unembed, value
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A decoder language model: a config, and pure functions of a params tree (docs/architecture.md).
+
+    `generation_config` is what a checkpoint says about sampling from it; it takes no part in the model's identity.
+    """
+
+    config: DecoderConfig
+    generation_config: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
+
+    def init(self, rng: Key[Array, ""], dtype: Any = jnp.float32) -> Tree:
+        """Fresh params of `dtype`: normal(`initializer_range`) matrices, zero biases, norm scales of one."""
+        decoder = Decoder(self.config, dtype=dtype, rngs=nnx.Rngs(params=rng))
+        return nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+
+    def abstract(self, dtype: Any = jnp.float32) -> Tree:
+        """The params tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), dtype))
+
+    def logical_axes(self) -> Tree:
+        """For each leaf of the params a tuple with the names of its dimensions (`architecture.logical_axes`), which
+        `jaxft.distributed` maps to mesh axes."""
+        flat, treedef = jax.tree_util.tree_flatten_with_path(self.abstract())
+        return treedef.unflatten([logical_axes([key.key for key in path]) for path, _ in flat])
+
+    def hidden(
+        self,
+        params: Tree,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "#batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        remat: str = "block",
+        attention: str = "auto",
+        cache: dict | None = None,
+    ) -> Any:
+        """Hidden states `[batch, seq, dim]` of `dtype` after the final norm; with a cache, `(hidden, cache)`.
+
+        Without `segment_ids` a row is one segment; without `positions` they restart at 0 in every segment. Params may
+        be of any dtype and hold weight nodes; a soft prompt at the site "prompt" precedes every row and every segment
+        sees it, so that packed rows mean what their segments mean apart.
+        """
+        config = self.config
+        if cache is not None and segment_ids is None:
+            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None] if segment_ids is None else positions_in_segments(segment_ids)
+            positions = positions if cache is None else positions + cache["length"] - cache["prompt"]
+        x = embed(tokens, params["embed"]["embedding"]).astype(dtype)
+        # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.
+        x = constrain(x, "replicas", "sequence", "embed")
+        x = constrain(site(params, "embed", x), "batch", "sequence", None)
+        prompt = prompt_embeddings(params)
+        length = 0 if prompt is None else prompt.shape[0]
+        positions = positions + length
+        if prompt is not None and cache is None:
+            x, positions, segment_ids = _prepend(prompt, x, positions, segment_ids)
+        x, cache = run_layers(
+            config, params["layers"], x, positions, segment_ids, remat=remat, implementation=attention, cache=cache
+        )
+        x = x if cache is not None else x[:, length:]
+        x = site(params, "final_norm", rms_norm(x, params["final_norm"]["scale"], config.rms_norm_eps))
+        return x if cache is None else (x, cache)
+
+    def logits(self, params: Tree, hidden: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
+        """Scores of the next token in fp32, computed in the dtype of `hidden`; a head of its own or a tied one."""
+        # The vocabulary is divided over `fsdp` too, where the batch was: hidden states are gathered, the head never is.
+        middle = (None,) * (hidden.ndim - 3)
+        layout = ("replicas", *middle, "sequence") if hidden.ndim > 2 else ("replicas",) * (hidden.ndim - 1)
+        divided = mesh_axes("vocab", self.config.vocab_size) is not None
+        if divided:
+            hidden = constrain(hidden, *layout, None)
+        head = params.get("head", {})
+        scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
+        scores = (constrain(scores, *layout, "vocab") if divided else scores).astype(jnp.float32)
+        return scores + value(head["bias"], jnp.float32) if "bias" in head else scores
+
+    def init_cache(self, params: Tree, batch: int, length: int, *, dtype: Any = jnp.float32) -> Any:
+        """An empty key/value cache for `length` tokens in each of `batch` rows, to be passed to `hidden`.
+
+        Tokens are appended for all rows at once; rows of unequal length are padded with segment 0. A soft prompt is in
+        the cache from the start: it attends to itself only, so its keys and values do not depend on what follows.
+        """
+        config, prompt = self.config, prompt_embeddings(params)
+        held = 0 if prompt is None else prompt.shape[0]
+        shape = (config.num_layers, batch, held + length, config.num_kv_heads, config.head_dim)
+        cache = {
+            "k": jnp.zeros(shape, dtype),
+            "v": jnp.zeros(shape, dtype),
+            "positions": jnp.zeros((batch, held + length), jnp.int32),
+            "segment_ids": jnp.zeros((batch, held + length), jnp.int32),
+            "length": jnp.zeros((), jnp.int32),
+            "prompt": jnp.asarray(held, jnp.int32),
+        }
+        if prompt is not None:
+            x = jnp.broadcast_to(prompt.astype(dtype), (batch, *prompt.shape))
+            segment_ids = jnp.full((batch, held), PROMPT_SEGMENT, jnp.int32)
+            _, filled = run_layers(config, params["layers"], x, jnp.arange(held)[None], segment_ids, cache=cache)
+            return filled
+        return cache
+
+
+def _prepend(prompt: Array, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Array, Array]:
+    """Put the virtual tokens in front of every row; `positions` are shifted already."""
+    batch, seq, _ = x.shape
+    held = prompt.shape[0]
+    segment_ids = jnp.ones((batch, seq), jnp.int32) if segment_ids is None else segment_ids
+    x = jnp.concatenate([jnp.broadcast_to(prompt.astype(x.dtype), (batch, *prompt.shape)), x], axis=1)
+    in_front = jnp.broadcast_to(jnp.arange(held), (positions.shape[0], held))
+    positions = jnp.concatenate([in_front, positions], axis=1)
+    in_front = jnp.full((batch, held), PROMPT_SEGMENT, segment_ids.dtype)
+    return x, positions, jnp.concatenate([in_front, segment_ids], axis=1)
+
+
+def positions_in_segments(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """Positions that restart at 0 wherever the segment id changes."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,0 +1,50 @@
+"""Where activations live on the ambient mesh (`jax.set_mesh`). Without a mesh every function here is the identity.
+
+The mesh axes are those of `jaxft.distributed`: the batch is cut over `data` and `fsdp`, positions over `sequence`,
+heads over `tensor`. An axis that does not divide a dimension is left out, so that a batch of one row still runs.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float
+
+MESH_AXES = {
+    "batch": ("data", "fsdp"),
+    "sequence": ("sequence",),
+    "heads": ("tensor",),
+    "replicas": ("data",),  # the batch, where `fsdp` divides the width instead
+    "embed": ("fsdp",),
+    "vocab": ("tensor", "fsdp"),
+}
+
+
+def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
+    """The axes of the ambient mesh over which a dimension `name` of `size` is cut, or None where it is not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual}
+    axes = tuple(axis for axis in MESH_AXES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1 and axis not in manual)
+    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+
+
+def spec_of(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
+    """The PartitionSpec of an activation of `shape` whose dimensions have these names."""
+    return PartitionSpec(*(mesh_axes(name, size) for name, size in zip(names, shape, strict=True)))
+
+
+def constrain(x: Float[Array, "..."], *names: str | None) -> Float[Array, "..."]:
+    """`x` with its layout on the ambient mesh stated, which keeps XLA from gathering activations over the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(x.shape, names))
+
+
+def platform() -> str:
+    """The platform that is compiled for: that of the ambient mesh (which may be a topology that is not here), or
+    the default backend. One of "cpu", "gpu", "tpu"."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name

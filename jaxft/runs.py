@@ -1,0 +1,468 @@
+"""From what a run left behind to a model that can be used: restore it, export it, or export only what it trained.
+
+A *run* is the output directory of `jaxft train`; a *delta* is what `save_delta` writes: the arrays that are not bit
+for bit the base model's, with the method's configuration and the base's name and hash. Both are read the same way:
+the method rewrites the base again, which gives the structure, and the saved arrays take their places in it.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxft.checkpoint import CheckpointConfig, Checkpointer, checksums, fingerprint, named_leaves, rebuildable
+from jaxft.distributed import MeshConfig, make_mesh, tree_shardings
+from jaxft.errors import JaxftError
+from jaxft.hub import load_model, load_pretrained, load_tokenizer, save_pretrained, to_host
+from jaxft.methods import Method, Probe, build, merge, unmerged_sites
+from jaxft.partition import Tuned, combine
+from jaxft.training.optimizer import evaluation_parameters, make_optimizer, make_schedule
+from jaxft.training.precision import Precision
+from jaxft.training.state import TrainState, init_state, tuned_of
+from jaxft.weights import Tree, materialize
+
+DELTA_FORMAT = 1
+DELTA_WEIGHTS, DELTA_RECORD = "delta.safetensors", "delta.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model ready to use.
+
+    Attributes:
+      model, tokenizer: as `jaxft.hub` loads them.
+      params: what the model runs on, with weight nodes where a method put them.
+      base: parameters of the base model; the same object as `params` for a plain model.
+      tuned: both halves of a tuned model, None for a plain one.
+      config: the configuration of the run (`jaxft.config.RunConfig`), None without one.
+      step: optimizer steps done, 0 for a plain model.
+      source: what was asked for, for messages.
+    """
+
+    model: Any
+    tokenizer: Any
+    params: Tree
+    base: Tree
+    tuned: Tuned | None
+    config: Any
+    step: int
+    source: str
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is the output directory of a run."""
+    return (Path(path).expanduser() / "config.yaml").is_file()
+
+
+def is_delta(path: str | Path) -> bool:
+    """Whether a path is a directory that `save_delta` wrote."""
+    return (Path(path).expanduser() / DELTA_RECORD).is_file()
+
+
+def load(source: str, *, base: str | None = None, dtype: Any = jnp.float32) -> Loaded:
+    """A run, a delta, a Hugging Face directory, a hub id, or an embedded model.
+
+    Args:
+      source: which.
+      base: where the base model of a run or delta is now, if it moved.
+      dtype: of a plain model's parameters; a tuned one has the dtypes it was trained in.
+
+    Raises:
+      JaxftError: it is none of these, it has no checkpoint yet, or the base is not the one it was tuned from.
+    """
+    if is_run(source):
+        return load_run(source, base=base)
+    if is_delta(source):
+        return load_delta(source, base=base)
+    if base is not None:
+        raise JaxftError(f"{source} is neither a run nor a delta, so it has no base model")
+    model, params = _base(source, dtype)
+    return Loaded(model, load_tokenizer(source), params, params, None, None, 0, source)
+
+
+def local_mesh() -> Mesh:
+    """All devices as one FSDP group, however many there are. CPU devices share one memory, so the first is enough."""
+    devices = jax.devices()
+    return make_mesh(MeshConfig(fsdp=-1), devices[:1] if devices[0].platform == "cpu" else devices)
+
+
+def _base(path: str, dtype: Any, fresh_seed: int | None = None) -> tuple[Any, Tree]:
+    """A model spread over the devices of this machine, however many; with a seed: the weights that a run drew."""
+    model = load_model(path)
+    shardings = tree_shardings(model.abstract(dtype), model.logical_axes(), local_mesh())
+    if fresh_seed is not None:
+        return model, jax.jit(lambda rng: model.init(rng, dtype), out_shardings=shardings)(fresh_key(fresh_seed))
+    return load_pretrained(path, dtype=dtype, sharding=shardings)
+
+
+def fresh_key(seed: int) -> jax.Array:
+    """The key from which a run with `model.init: random` draws its first weights."""
+    from jaxft.training.loop import _INIT
+
+    return jax.random.fold_in(jax.random.key(seed), _INIT)
+
+
+def load_run(directory: str | Path, *, base: str | None = None) -> Loaded:
+    """The tuned model of a run, from its latest good checkpoint. Raises JaxftError if there is none."""
+    from jaxft.config import load_config  # config reads this room's neighbours, and only runs need it
+
+    directory = Path(directory).expanduser()
+    config = load_config(directory, [f"model.path={json.dumps(base)}"] if base else [])
+    checkpoints = Path(config.checkpoint.directory or directory / "checkpoints")
+    if not checkpoints.is_dir():
+        raise JaxftError(f"{directory}: the run has no checkpoint yet; `jaxft train {directory}` goes on with it")
+    precision = Precision(config.model.param_dtype, config.model.frozen_dtype, config.model.compute_dtype)
+    fresh_seed = config.seed if config.model.init == "random" else None
+    model, params = _base(config.model.path, jnp.dtype(precision.param_dtype), fresh_seed)
+    with Checkpointer(checkpoints, CheckpointConfig()) as checkpointer:
+        steps = checkpointer.steps()
+        if not steps:
+            raise JaxftError(f"{directory}: the run has no checkpoint yet; `jaxft train {directory}` goes on with it")
+        leaves = checkpointer.record(steps[-1])["leaves"]
+        optimizer = make_optimizer(config.training.optimizer, make_schedule(config.training.learning_rate, steps[-1]))
+        paths = {name.removeprefix("state.trainable.") for name in leaves if name.startswith("state.trainable.")}
+        state, frozen = _rewritten(build(config.method), params, model, optimizer, config.seed, precision, paths)
+        target = _shaped_as({"state": state, "frozen": frozen}, leaves)
+        restored = checkpointer.restore(target, base=config.model.path)
+    assert restored is not None  # it has steps
+    state, frozen = restored.tree["state"], restored.tree["frozen"]
+    trainable = evaluation_parameters(state.opt_state, state.trainable)
+    tuned = tuned_of(state._replace(trainable=trainable), frozen)
+    tokenizer = load_tokenizer(config.model.path)
+    return Loaded(model, tokenizer, combine(tuned), params, tuned, config, restored.step, str(directory))
+
+
+def _rewritten(
+    method: Method,
+    params: Tree,
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    precision: Precision,
+    trained: set[str],
+) -> tuple[TrainState, Tree]:
+    """The structure of a training state of `method`: its values are those before the first step, or meaningless.
+
+    Methods that look at data or train first to choose (LT-SFT) are given an answer that costs nothing and under which
+    they choose the weights in `trained` again; which entries of those they chose is in the saved arrays.
+    """
+
+    def moved(current: Tree, _method: Method, _steps: int) -> Tree:
+        rng = np.random.default_rng(0)
+
+        def one(path: tuple, x: Any) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            chosen = any(t == name or t.startswith(f"{name}.") for t in trained)
+            return x + jnp.asarray(rng.uniform(1, 2, x.shape), x.dtype) if chosen else x
+
+        return jax.tree_util.tree_map_with_path(one, current)
+
+    mesh = local_mesh()
+    probe = Probe(trainer=moved, total_steps=1)
+    rng = jax.random.key(seed)
+    return init_state(
+        method, params, optimizer, rng, mesh, logical_axes=model.logical_axes(), probe=probe, precision=precision
+    )
+
+
+def _shaped_as(tree: Tree, leaves: Mapping[str, Mapping[str, Any]]) -> Tree:
+    """`tree` as a target to restore into: stored leaves abstract, with the shapes they were saved in."""
+    names = list(named_leaves(tree))
+
+    def one(name: str, x: Any) -> Any:
+        saved = leaves.get(name)
+        if saved is None or not saved["stored"]:
+            return x
+        shape = tuple(saved["shape"])
+        sharding = x.sharding if shape == x.shape else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [one(name, x) for name, x in zip(names, jax.tree.leaves(tree), strict=True)]
+    )
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How an export was checked: the largest difference of its logits from the tuned model's, and their spread."""
+
+    largest_difference: float
+    logit_deviation: float
+    prompts: int
+    tokens: int
+
+
+# How far logits may be off, in standard deviations of the logits, by rounding to the exported dtype.
+TOLERANCE = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+
+
+def export(loaded: Loaded, output: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> Verification:
+    """Write a tuned model as a Hugging Face directory, read it back, and compare its logits with the tuned model's.
+
+    Args:
+      loaded: as `load` gives it.
+      output: a directory that does not exist or is empty.
+      dtype: of the exported weights; None: that of the parameters.
+      overwrite: replace a model that is there.
+
+    Raises:
+      JaxftError: the directory is not empty; a module of the method has no place in the architecture (use
+        `save_delta`); training changed nothing; or the exported model does not compute what the tuned one does.
+        Nothing is left then.
+    """
+    output = Path(output).expanduser().absolute()
+    refuse_occupied(output, "config.json" if overwrite else None)
+    merged = merge(loaded.tuned) if loaded.tuned is not None else loaded.params
+    if sites := unmerged_sites(merged):
+        raise JaxftError(
+            f"{', '.join(sites)} cannot be merged into the weights of a {loaded.model.config.model_type} model: "
+            "export what was trained with --delta"
+        )
+    _require_change(loaded, merged)
+    merged = materialize(merged)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Process 0 writes and all verify, so the name is the same everywhere.
+    temporary = output.with_name(f".{output.name}.export")
+    if jax.process_index() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_pretrained(temporary, loaded.model, merged, loaded.tokenizer, jnp.dtype(dtype) if dtype else None)
+        found = _verify(loaded, temporary)
+        if jax.process_index() == 0:
+            _replace(temporary, output)
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
+def refuse_occupied(output: Path, ours: str | None) -> None:
+    """Raise JaxftError unless `output` is free, or holds the file `ours`, by which it may be overwritten."""
+    if output.is_dir() and any(output.iterdir()):
+        if ours is None:
+            raise JaxftError(f"{output} is not empty: choose another directory, or pass --overwrite")
+        if not (output / ours).is_file():
+            raise JaxftError(f"{output} has no {ours}, so it is nothing that an export wrote: it stays as it is")
+    elif output.exists() and not output.is_dir():
+        raise JaxftError(f"{output} is a file: expected a directory")
+
+
+def _replace(temporary: Path, output: Path) -> None:
+    for file in temporary.rglob("*"):  # safetensors makes files that only their owner can read
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    aside = None
+    if output.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent)) / "old"
+        os.replace(output, aside)
+    try:
+        os.replace(temporary, output)
+    except OSError:
+        if aside is not None:
+            os.replace(aside, output)
+        raise
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _require_change(loaded: Loaded, merged: Tree) -> None:
+    """An export that equals its base after training is the sign of a merge that lost what was trained."""
+    if loaded.tuned is None or loaded.step == 0:
+        return
+    before, after = checksums(loaded.base), checksums(materialize(merged))
+    if all(after.get(name) == value for name, value in before.items()):
+        raise JaxftError(
+            f"{loaded.source}: after {loaded.step} steps the merged model equals its base bit for bit; nothing "
+            f"was learned "
+            "(a learning rate of 0?), so nothing is exported"
+        )
+
+
+def _verify(loaded: Loaded, directory: Path) -> Verification:
+    """Logits of what was written against the tuned model's, on random tokens, in float32."""
+    model, params = _base(str(directory), jnp.float32)
+    prompts, length = 4, min(32, model.config.max_position_embeddings)
+    tokens = jax.random.randint(jax.random.key(0), (prompts, length), 0, loaded.model.config.vocab_size)
+    wanted = _logits(loaded.model, loaded.params, tokens)
+    found = _logits(model, params, tokens)[..., : wanted.shape[-1]]
+    difference, deviation = float(np.abs(found - wanted).max()), float(wanted.std())
+    stored = json.loads((directory / "config.json").read_text())
+    kind = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    if not difference <= TOLERANCE[kind] * max(deviation, 1e-6):
+        raise JaxftError(
+            f"the exported model is not the tuned one: its logits differ by up to {difference:.3g}, and the "
+            f"tuned model's "
+            f"logits have a standard deviation of {deviation:.3g}. Nothing was written; this is a bug worth reporting"
+        )
+    return Verification(difference, deviation, prompts, length)
+
+
+def _logits(model: Any, params: Tree, tokens: Any) -> np.ndarray:
+    def forward(params: Tree, tokens: Any) -> Any:
+        return model.logits(params, model.hidden(params, tokens, dtype=jnp.float32, remat="none"))
+
+    return to_host(jax.jit(forward)(params, tokens))
+
+
+# --- what was trained, alone ------------------------------------------------------------------------------------------
+
+
+def save_delta(loaded: Loaded, output: str | Path, *, overwrite: bool = False) -> int:
+    """Write only what a run changed: `delta.safetensors` and `delta.json`. Returns the bytes of the arrays.
+
+    Every array of the tuned model is stored but those that are bit for bit the base model's. The record holds the
+    method's configuration, the base model and its hash, dtypes and seed: with the base, `load_delta` has the tuned
+    model again.
+    """
+    if loaded.tuned is None:
+        raise JaxftError(f"{loaded.source} is a plain model: there is no delta to a base")
+    output = Path(output).expanduser().absolute()
+    refuse_occupied(output, DELTA_RECORD if overwrite else None)
+    halves = {"trainable": loaded.tuned.trainable, "frozen": loaded.tuned.frozen}
+    leaves = named_leaves(halves)
+    base_sums = checksums(loaded.base)
+    trained_bytes = sum(x.nbytes for x in jax.tree.leaves(loaded.tuned.trainable))
+    left_out = rebuildable(loaded.tuned.frozen, base_sums, trained_bytes)
+    stored = {
+        n: np.asarray(to_host(x))
+        for n, x in leaves.items()
+        if n.startswith("trainable.") or n.removeprefix("frozen.") not in left_out
+    }
+    config, settings = loaded.config, loaded.config.model
+    record = {
+        "format": DELTA_FORMAT,
+        "jaxft": importlib.metadata.version("jaxft") if _installed() else "source",
+        "base": settings.path,
+        "fresh_seed": config.seed if settings.init == "random" else None,
+        "base_fingerprint": fingerprint(base_sums),
+        "method": config.method,
+        "seed": config.seed,
+        "step": loaded.step,
+        "param_dtype": settings.param_dtype,
+        "frozen_dtype": settings.frozen_dtype,
+        "compute_dtype": settings.compute_dtype,
+        "leaves": {
+            name: {"shape": list(x.shape), "dtype": str(x.dtype), "stored": name in stored}
+            for name, x in leaves.items()
+        },
+    }
+    if jax.process_index() == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        try:
+            save_file({n: np.ascontiguousarray(x) for n, x in stored.items()}, temporary / DELTA_WEIGHTS)
+            (temporary / DELTA_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            os.chmod(temporary, 0o755)
+            _replace(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return sum(x.nbytes for x in stored.values())
+
+
+def _installed() -> bool:
+    try:
+        importlib.metadata.version("jaxft")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def load_delta(directory: str | Path, *, base: str | None = None) -> Loaded:
+    """A tuned model from a delta and its base.
+
+    Args:
+      directory: what `save_delta` wrote.
+      base: the base model, if it is not where it was.
+
+    Raises:
+      JaxftError: the files are damaged or of another format, or the base is not the one that was tuned.
+    """
+    directory = Path(directory).expanduser()
+    try:
+        record = json.loads((directory / DELTA_RECORD).read_text())
+        with safe_open(directory / DELTA_WEIGHTS, framework="numpy") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise JaxftError(f"{directory}: not a readable delta ({error})") from error
+    if record.get("format") != DELTA_FORMAT:
+        raise JaxftError(f"{directory}: the delta has format {record.get('format')}, this version reads {DELTA_FORMAT}")
+    precision = Precision(record["param_dtype"], record["frozen_dtype"], record["compute_dtype"])
+    path = base or record["base"]
+    model, params = _base(path, jnp.dtype(precision.param_dtype), record["fresh_seed"])
+    here = fingerprint(checksums(params))
+    if here != record["base_fingerprint"]:
+        raise JaxftError(
+            f"{directory} was tuned from {record['base']} with the hash {record['base_fingerprint']}; {path} "
+            f"has {here}. "
+            "Name the right base model with --base"
+        )
+    leaves = record["leaves"]
+    missing = sorted(name for name, leaf in leaves.items() if leaf["stored"] and name not in stored)
+    if missing:
+        raise JaxftError(f"{directory / DELTA_WEIGHTS} lacks arrays that {DELTA_RECORD} lists: {missing[:5]}")
+    trained = {name.removeprefix("trainable.") for name in leaves if name.startswith("trainable.")}
+    state, frozen = _rewritten(
+        build(record["method"]), params, model, optax.identity(), record["seed"], precision, trained
+    )
+    halves = {"trainable": state.trainable, "frozen": frozen}
+    named = named_leaves(halves)
+    if sorted(named) != sorted(leaves):
+        odd = sorted(set(named) ^ set(leaves))
+        raise JaxftError(f"{directory}: its arrays are not those that its method makes of {path}: {odd[:5]}")
+    values = [jax.device_put(stored[n], _place(x, stored[n])) if leaves[n]["stored"] else x for n, x in named.items()]
+    halves = jax.tree.unflatten(jax.tree.structure(halves), values)
+    tuned = Tuned(halves["trainable"], halves["frozen"], state.method_state)
+    return Loaded(model, load_tokenizer(path), combine(tuned), params, tuned, None, record["step"], str(directory))
+
+
+def _place(like: jax.Array, value: np.ndarray) -> Any:
+    return like.sharding if like.shape == value.shape else jax.devices()[0]
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def chat_prompts(loaded: Loaded, messages: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+    """Token ids of conversations that the model is to answer, written as a run writes them for training.
+
+    A run's own chat template holds, else the tokenizer's; without one, contents are joined by newlines.
+    """
+    from jaxft.data import FormatConfig
+    from jaxft.data.templates import resolve_template
+
+    text_format: Any = loaded.config.data if loaded.config is not None else FormatConfig(add_eos=False)
+    template = resolve_template(text_format, loaded.tokenizer)
+    prompts = []
+    for conversation in messages:
+        turns = list(conversation)
+        if template.system is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": template.system}, *turns]
+        if template.plain:
+            text = "".join(turn["content"] + "\n" for turn in turns)
+            prompts.append([*template.prefix, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        else:
+            text = loaded.tokenizer.apply_chat_template(
+                turns,
+                chat_template=template.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **template.options,
+            )
+            prompts.append(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return prompts

@@ -1,0 +1,190 @@
+"""The functions that interpret weights, and the base class of the nodes that may stand where an array stood.
+
+A *node* is a frozen pytree dataclass. It means an array (`materialize`), and knows a fast way to act on an input
+(`linear`, `embed`, `unembed`). The law every node obeys: `linear(x, w) == x @ materialize(w)`, in values and gradients,
+under `jit`, `scan`, `vmap` and on a sharded mesh. A node registers its rules beside its definition.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self, TypeVar, cast, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+Weight = Any  # an Array or a Node
+Tree = Any
+AnyNode = TypeVar("AnyNode")
+
+
+class Node:
+    """Base of weight nodes: frozen dataclasses registered as pytrees with `node`."""
+
+    def replace(self, **fields: Any) -> Self:
+        return dataclasses.replace(cast(Any, self), **fields)  # `node` makes every subclass a dataclass
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the node's structure (a Python value), not an array."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def node(cls: type[AnyNode]) -> type[AnyNode]:
+    """Make `cls` a frozen dataclass and register it as a pytree; fields made by `static` are structure."""
+    made = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(cast(Any, made))
+    meta = [f.name for f in fields if f.metadata.get("static")]
+    data = [f.name for f in fields if not f.metadata.get("static")]
+    return jax.tree_util.register_dataclass(made, data_fields=data, meta_fields=meta)
+
+
+def is_node(x: Any) -> bool:
+    return isinstance(x, Node)
+
+
+def _no_rule(w: Any, function: str) -> None:
+    if isinstance(w, Node):
+        name = type(w).__name__
+        dense = f", or linear_rule.register({name}, by_materializing_linear) to use the dense array"
+        raise TypeError(
+            f"{name} has no `{function}` rule: register one beside it{dense if function == 'linear' else ''}"
+        )
+
+
+# --- materialize ------------------------------------------------------------------------------------------------------
+
+
+@functools.singledispatch
+def materialize_rule(w: Weight) -> Array:
+    """The dense array a node means. Leading axes (layers, experts) are batch axes."""
+    _no_rule(w, "materialize")
+    return w
+
+
+def materialize(tree: Tree) -> Tree:
+    """Replace every node of `tree` by the array it means; arrays stay as they are."""
+    return jax.tree.map(materialize_rule, tree, is_leaf=is_node)
+
+
+def value(w: Weight, dtype: Any = None) -> Array:
+    """A small weight (norm scale, bias) as an array, cast to `dtype` if given."""
+    array = materialize_rule(w)
+    return array if dtype is None else array.astype(dtype)
+
+
+# --- linear, embed, unembed -------------------------------------------------------------------------------------------
+
+
+@functools.singledispatch
+def linear_rule(w: Weight, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
+    _no_rule(w, "linear")
+    return jnp.matmul(x, w.astype(x.dtype))
+
+
+def linear(x: Float[Array, "... d_in"], w: Weight) -> Float[Array, "... d_out"]:
+    """`x @ w` for a weight of shape `[d_in, d_out]`, computed and returned in the dtype of `x`."""
+    return linear_rule(w, x)
+
+
+def by_materializing_linear(w: Weight, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
+    """A `linear` rule for nodes without a fast path; to be registered explicitly."""
+    return linear(x, materialize_rule(w))
+
+
+@functools.singledispatch
+def embed_rule(w: Weight, tokens: Int[Array, "..."]) -> Float[Array, "... dim"]:
+    if isinstance(w, Node):
+        w = materialize_rule(w)
+    return jnp.take(w, tokens, axis=0)
+
+
+def embed(tokens: Int[Array, "..."], w: Weight) -> Float[Array, "... dim"]:
+    """Rows `tokens` of an embedding of shape `[vocab, dim]`, in the dtype of the weight."""
+    return embed_rule(w, tokens)
+
+
+@functools.singledispatch
+def unembed_rule(w: Weight, x: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
+    if isinstance(w, Node):
+        w = materialize_rule(w)
+    return jnp.einsum("...d,vd->...v", x, w.astype(x.dtype))
+
+
+def unembed(x: Float[Array, "... dim"], w: Weight) -> Float[Array, "... vocab"]:
+    """`x @ w.T` for an embedding of shape `[vocab, dim]`: the head of a model with tied embeddings."""
+    return unembed_rule(w, x)
+
+
+# --- sharding ---------------------------------------------------------------------------------------------------------
+
+
+@functools.singledispatch
+def specs_rule(w: Weight, spec: PartitionSpec) -> Tree:
+    _no_rule(w, "specs")
+    return spec
+
+
+def specs(w: Weight, spec: PartitionSpec) -> Tree:
+    """The PartitionSpecs of the arrays of `w`, given the spec of the leaf `[..., d_in, d_out]` that `w` stands for.
+
+    Large parts shard as the leaf does, small factors along the dimension they share with it.
+    """
+    return specs_rule(w, spec)
+
+
+def pad_spec(spec: PartitionSpec, ndim: int) -> tuple:
+    """The entries of `spec` for an array of `ndim` dimensions, trailing ones filled with None."""
+    return tuple(spec) + (None,) * (ndim - len(spec))
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@functools.singledispatch
+def at_layer_rule(w: Weight, index: Int[Array, ""]) -> Weight:
+    raise TypeError(f"{type(w).__name__} is not indexed by layer")
+
+
+def is_indexed(w: Any) -> bool:
+    """Whether a node stacks its layers in a way that `lax.scan` cannot slice, so that it is indexed in the body."""
+    return isinstance(w, Node) and type(w) in at_layer_rule.registry
+
+
+def num_layers(layers: Tree) -> int:
+    """The length of the leading layer axis shared by all leaves of a stacked tree."""
+    for w in jax.tree.leaves(layers, is_leaf=is_indexed):
+        return w.num_layers if is_indexed(w) else w.shape[0]
+    raise ValueError("a stacked tree without arrays has no number of layers")
+
+
+def scan_layers(
+    block: Callable[[Any, Tree, Any], tuple[Any, Any]], layers: Tree, carry: Any, xs: Any = None, *, unroll: int = 1
+) -> tuple[Any, Any]:
+    """`lax.scan` of `block(carry, layer_params, x) -> (carry, y)` over params whose leaves are stacked `[L, ...]`.
+
+    Arrays and ordinary nodes are sliced by the scan. A node with an `at_layer` rule (`Split`) holds stacks of other
+    lengths, stays outside and is indexed in the body, so that which layer trains is data and not structure.
+    """
+    leaves, treedef = jax.tree.flatten(layers, is_leaf=is_indexed)
+    sliced = [None if is_indexed(w) else w for w in leaves]
+
+    def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        index, sliced, x = inputs
+        layer = [at_layer_rule(w, index) if is_indexed(w) else s for w, s in zip(leaves, sliced, strict=True)]
+        return block(carry, treedef.unflatten(layer), x)
+
+    return lax.scan(body, carry, (jnp.arange(num_layers(layers)), sliced, xs), unroll=unroll)
+
+
+def layer_slice(layers: Tree, index: int) -> Tree:
+    """One layer of a stacked tree, for models that do not scan and for inspection."""
+
+    def take(w: Weight) -> Weight:
+        return at_layer_rule(w, jnp.asarray(index)) if is_indexed(w) else w[index]
+
+    return jax.tree.map(take, layers, is_leaf=is_indexed)

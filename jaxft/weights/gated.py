@@ -1,0 +1,122 @@
+"""`Gated` and `Damped`: weights whose gradient is switched, or scaled, by data."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from jaxft.weights.core import (
+    Node,
+    Weight,
+    by_materializing_linear,
+    linear_rule,
+    materialize,
+    materialize_rule,
+    node,
+    pad_spec,
+    specs,
+    specs_rule,
+    static,
+)
+
+
+@node
+class Gated(Node):
+    """A weight that trains while its gate is open; while it is closed no gradient of it is computed.
+
+    Which gates are open is data: any number of them may open and close in a run, and nothing recompiles. The price
+    beside `Split`: masters and moments exist for all layers. `propagates` says in which layers anything that trains
+    sits at or below this weight: elsewhere the gradient of its input is of no use, and is not computed either (so the
+    law of nodes holds for that gradient where `propagates` is true).
+
+    A gate a layer (`stacked=True`), or one for the whole weight. An optimizer moves what has moments though its
+    gradient is zero: put `hold_closed` around it.
+    """
+
+    value: Float[Array, "..."]
+    is_open: Bool[Array, "*layers"]
+    propagates: Bool[Array, "*layers"]
+    stacked: bool = static(default=True)
+
+
+@node
+class Damped(Node):
+    """A weight whose gradient is multiplied by `rate`, broadcast over it: 1 trains as usual, 0 does not train."""
+
+    base: Weight
+    rate: Float[Array, "..."]
+
+
+def gated_matmul(
+    x: Float[Array, "... i"],
+    w: Float[Array, "i o"],
+    is_trainable: Bool[Array, ""],
+    propagates: Bool[Array, ""] | None = None,
+) -> Float[Array, "... o"]:
+    """`x @ w` whose weight gradient is computed only where `is_trainable`, and that of `x` only where `propagates`.
+
+    Otherwise they are zero and cost nothing: the matmuls sit inside a `lax.cond`, so they are skipped at run time.
+    """
+    return _gated_matmul(x, w, is_trainable, propagates)
+
+
+@jax.custom_vjp
+def _gated_matmul(x: Array, w: Array, is_trainable: Array, propagates: Array | None) -> Array:
+    return jnp.matmul(x, w)
+
+
+def _gated_forward(
+    x: Array, w: Array, is_trainable: Array, propagates: Array | None
+) -> tuple[Array, tuple[Array | None, ...]]:
+    return jnp.matmul(x, w), (x, w, is_trainable, propagates)
+
+
+def _gated_backward(residuals: tuple[Array, Array, Array, Array | None], g: Array) -> tuple[Array | None, ...]:
+    x, w, is_trainable, propagates = residuals
+
+    def input_gradient() -> Array:
+        return jnp.matmul(g, w.T)
+
+    def weight_gradient() -> Array:
+        return jnp.matmul(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
+
+    dx = input_gradient() if propagates is None else lax.cond(propagates, input_gradient, lambda: jnp.zeros_like(x))
+    dw = lax.cond(is_trainable, weight_gradient, lambda: jnp.zeros_like(w))
+    return dx, dw, None, None
+
+
+_gated_matmul.defvjp(_gated_forward, _gated_backward)
+
+
+@materialize_rule.register
+def _(w: Gated) -> Array:
+    is_open = w.is_open.reshape(w.is_open.shape + (1,) * (w.value.ndim - w.is_open.ndim))
+    return jnp.where(is_open, w.value, lax.stop_gradient(w.value))
+
+
+@linear_rule.register
+def _(w: Gated, x: Array) -> Array:
+    return gated_matmul(x, w.value.astype(x.dtype), w.is_open, w.propagates)
+
+
+@specs_rule.register
+def _(w: Gated, spec: PartitionSpec) -> Gated:
+    return Gated(spec, PartitionSpec(), PartitionSpec(), w.stacked)
+
+
+@materialize_rule.register
+def _(w: Damped) -> Array:
+    base = materialize(w.base)
+    fixed = lax.stop_gradient(base)
+    return fixed + w.rate.astype(base.dtype) * (base - fixed)  # the value bit for bit: the difference is zero
+
+
+linear_rule.register(Damped, by_materializing_linear)
+
+
+@specs_rule.register
+def _(w: Damped, spec: PartitionSpec) -> Damped:
+    entries = pad_spec(spec, w.rate.ndim)
+    rate = PartitionSpec(*(s if n > 1 else None for s, n in zip(entries, w.rate.shape, strict=True)))
+    return Damped(specs(w.base, spec), rate)

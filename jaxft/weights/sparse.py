@@ -1,0 +1,162 @@
+"""`SparseDelta` and `BlockSplit`: single entries, or blocks of entries, of a matrix train."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxft.weights.core import (
+    Node,
+    Weight,
+    linear_rule,
+    materialize,
+    materialize_rule,
+    node,
+    pad_spec,
+    specs,
+    specs_rule,
+)
+
+
+@node
+class SparseDelta(Node):
+    """`base` plus `values` at flat positions `indices` (row-major within the trailing two axes, or one for a vector).
+
+    Positions are unique. An index equal to the number of entries is padding: it means nothing and its value stays
+    zero, so that layers with different counts stack.
+    """
+
+    base: Weight
+    values: Float[Array, "*layers k"]
+    indices: Int[Array, "*layers k"]
+
+
+def _scatter_add(base: Array, values: Array, indices: Array) -> Array:
+    if indices.ndim > 1:
+        return jax.vmap(_scatter_add)(base, values, indices)
+    flat = jnp.asarray(base).reshape(-1).at[indices].add(values.astype(base.dtype), mode="drop")
+    return flat.reshape(base.shape)
+
+
+def gather_flat(matrix: Array, indices: Array) -> Array:
+    """Entries of `matrix` at flat positions; zero where the position is padding."""
+    return jnp.take(matrix.reshape(-1), indices, mode="fill", fill_value=0)
+
+
+@materialize_rule.register
+def _(w: SparseDelta) -> Array:
+    return _scatter_add(jax.lax.stop_gradient(materialize(w.base)), w.values, w.indices)
+
+
+@jax.custom_vjp
+def _sparse_matmul(x: Array, base: Array, values: Array, indices: Array) -> Array:
+    return jnp.matmul(x, _scatter_add(base, values, indices))
+
+
+def _sparse_forward(x: Array, base: Array, values: Array, indices: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _sparse_matmul(x, base, values, indices), (x, base, values, indices)
+
+
+def _sparse_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    # One layer's dense product is transient (it dies within the layer); only its `k` entries leave the backward pass.
+    x, base, values, indices = residuals
+    dx = jnp.matmul(g, _scatter_add(base, values, indices).T)
+    dense = jnp.matmul(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
+    return dx, None, gather_flat(dense, indices).astype(values.dtype), None
+
+
+_sparse_matmul.defvjp(_sparse_forward, _sparse_backward)
+
+
+@linear_rule.register
+def _(w: SparseDelta, x: Array) -> Array:
+    return _sparse_matmul(x, materialize(w.base).astype(x.dtype), w.values, w.indices)
+
+
+def _axis_names(entries: tuple) -> tuple[str, ...]:
+    return tuple(
+        name for entry in entries if entry is not None for name in (entry if isinstance(entry, tuple) else (entry,))
+    )
+
+
+@specs_rule.register
+def _(w: SparseDelta, spec: PartitionSpec) -> SparseDelta:
+    layers = w.indices.ndim - 1
+    names = _axis_names(pad_spec(spec, layers + 2)[layers:])
+    flat = PartitionSpec(*(None,) * layers, names or None)
+    return SparseDelta(specs(w.base, spec), flat, flat)
+
+
+@node
+class BlockSplit(Node):
+    """A matrix `[..., d_in, d_out]` cut into blocks `[p, q]`, of which those at `index` are replaced by `blocks`.
+
+    `index` is the flat block number (row-major over `d_in/p` by `d_out/q` blocks); one equal to the number of blocks
+    is padding.
+    """
+
+    base: Weight
+    blocks: Float[Array, "*layers m p q"]
+    index: Int[Array, "*layers m"]
+
+
+def _to_blocks(matrix: Array, p: int, q: int) -> Array:
+    d_in, d_out = matrix.shape
+    return matrix.reshape(d_in // p, p, d_out // q, q).swapaxes(1, 2).reshape(-1, p, q)
+
+
+def gather_blocks(matrix: Array, index: Array, p: int, q: int) -> Array:
+    """Blocks of a matrix `[d_in, d_out]` by flat block number; zeros for padding."""
+    return jnp.take(_to_blocks(matrix, p, q), index, axis=0, mode="fill", fill_value=0)
+
+
+def _replace_blocks(base: Array, blocks: Array, index: Array) -> Array:
+    if base.ndim > 2:
+        return jax.vmap(_replace_blocks)(base, blocks, index)
+    p, q = blocks.shape[-2:]
+    d_in, d_out = base.shape
+    cut = _to_blocks(jnp.asarray(base), p, q).at[index].set(blocks.astype(base.dtype), mode="drop")
+    return cut.reshape(d_in // p, d_out // q, p, q).swapaxes(1, 2).reshape(d_in, d_out)
+
+
+@materialize_rule.register
+def _(w: BlockSplit) -> Array:
+    return _replace_blocks(jax.lax.stop_gradient(materialize(w.base)), w.blocks, w.index)
+
+
+@jax.custom_vjp
+def _block_matmul(x: Array, base: Array, blocks: Array, index: Array) -> Array:
+    return jnp.matmul(x, _replace_blocks(base, blocks, index))
+
+
+def _block_forward(x: Array, base: Array, blocks: Array, index: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _block_matmul(x, base, blocks, index), (x, base, blocks, index)
+
+
+def _block_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    # Only the selected blocks of the weight gradient are computed: a batch of [p, tokens] @ [tokens, q] products.
+    x, base, blocks, index = residuals
+    p, q = blocks.shape[-2:]
+    columns = base.shape[1] // q
+    dx = jnp.matmul(g, _replace_blocks(base, blocks, index).T)
+    x = x.reshape(-1, x.shape[-1] // p, p)
+    g = g.reshape(-1, columns, q)
+    xs = jnp.take(x, index // columns, axis=1, mode="fill", fill_value=0)
+    gs = jnp.take(g, index % columns, axis=1)
+    return dx, None, jnp.einsum("tmp,tmq->mpq", xs, gs).astype(blocks.dtype), None
+
+
+_block_matmul.defvjp(_block_forward, _block_backward)
+
+
+@linear_rule.register
+def _(w: BlockSplit, x: Array) -> Array:
+    return _block_matmul(x, materialize(w.base).astype(x.dtype), w.blocks, w.index)
+
+
+@specs_rule.register
+def _(w: BlockSplit, spec: PartitionSpec) -> BlockSplit:
+    layers = w.index.ndim - 1
+    names = _axis_names(pad_spec(spec, layers + 2)[layers:])
+    blocks = PartitionSpec(*(None,) * layers, names or None, None, None)
+    return BlockSplit(specs(w.base, spec), blocks, PartitionSpec())

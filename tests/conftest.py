@@ -1,0 +1,34 @@
+"""What every test relies on: 8 virtual CPU devices, one compilation cache, no network."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere: it reads these once. A value from outside wins, so that a GPU can be tested too.
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # 8 devices on 2 busy cores may wait long for one another; by default XLA aborts the process after 40 s.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    )
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+# Shared by the workers of one run, by the processes that tests start, and by the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# Programs in flight compete for the threads that their collectives need: one at a time.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+# A first example compiles, which no deadline fits. Derandomised: a failure is one for everybody, at once.
+settings.register_profile(
+    "jaxft", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("jaxft")

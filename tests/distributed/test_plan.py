@@ -1,0 +1,266 @@
+"""Planning: topologies by name, the FLOPs a method needs, and train steps compiled for TPUs that are not here."""
+
+import json
+
+import jax
+import optax
+import pytest
+from typer.testing import CliRunner
+
+from jaxft.cli import app
+from jaxft.config import parse_config
+from jaxft.distributed import MeshConfig, hlo, make_mesh, topology
+from jaxft.distributed.plan import (
+    compile_step,
+    model_flops,
+    needed_bytes,
+    plan,
+    shard_bytes,
+    trained_share,
+    visible_pairs,
+)
+from jaxft.distributed.topology import TopologyError, parse_topology
+from jaxft.errors import JaxftError
+from jaxft.hub import load_model
+from jaxft.methods import build
+from jaxft.methods.registry import methods
+from jaxft.partition import combine
+from jaxft.training.state import abstract_state, init_state, tuned_of
+
+needs_compiler = pytest.mark.skipif(
+    not topology.available(), reason='the TPU compiler is not installed (pip install "jaxft[tpu]")'
+)
+VOCAB, DIM, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, ROWS, SEQ = 512, 256, 512, 4, 4, 2, 64, 4, 128
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A model described by its config.json alone."""
+    path = tmp_path_factory.mktemp("shape")
+    config = dict(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        vocab_size=VOCAB,
+        hidden_size=DIM,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+    )
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def config(directory, method="{name: full}", *overrides):
+    text = f"""
+model: {{path: "{directory}", param_dtype: bfloat16, frozen_dtype: bfloat16, compute_dtype: bfloat16}}
+method: {method}
+data: {{sources: [{{path: data.jsonl}}], seq_len: {SEQ}, batch_size: {ROWS}}}
+training: {{steps: 10, learning_rate: 1.0e-3}}
+mesh: {{fsdp: -1}}
+output: out
+"""
+    return parse_config(text, overrides)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "chips"),
+    [
+        ("v5e:4x4", "v5e:4x4", 16),
+        ("V5P:4x4x4", "v5p:4x4x4", 64),
+        ("v5e-16", "v5e:4x4", 16),
+        ("v5litepod-256", "v5e:16x16", 256),
+        ("v5p-128", "v5p:4x4x4", 64),
+        ("4*v6e:16x16", "4*v6e:16x16", 1024),
+        ("v5p:8x12x16", "v5p:8x12x16", 1536),
+    ],
+)
+def test_topologies_by_name(name, text, chips):
+    found = parse_topology(name)
+    assert (str(found), found.num_chips) == (text, chips)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v7e:4x4", 'did you mean "v[0-9][ep]"'),
+        ("v5e:4x5", "nearest is v5e:4x4"),
+        ("v5e:4x4x4", "nearest is v5e:8x8"),
+        ("v5p-100", "nearest is v5p-128"),
+        ("0*v5e:4x4", "at least 1"),
+        ("", "GENERATION:SHAPE"),
+    ],
+)
+def test_an_unknown_topology_is_refused_with_the_nearest(name, message):
+    with pytest.raises(TopologyError, match=message):
+        parse_topology(name)
+
+
+def test_a_missing_compiler_is_one_sentence_that_says_what_to_install(monkeypatch, directory):
+    monkeypatch.setattr(topology, "available", lambda: False)
+    with pytest.raises(TopologyError, match=r'^the TPU compiler is not installed: pip install "jaxft\[tpu\]"$'):
+        plan(config(directory), "v5e:2x2")
+
+
+# --- what a method needs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 40])
+def test_visible_pairs(window):
+    counted = sum(k <= q and (window is None or q - k < window) for q in range(16) for k in range(16))
+    assert visible_pairs(16, window) == counted
+
+
+@pytest.mark.parametrize("remat", ["block", "none"])
+@pytest.mark.parametrize("method", ["{name: full}", "{name: hft}", "{name: lora, rank: 8}", "{name: lisa}"])
+def test_a_compiled_step_computes_what_the_method_needs(directory, method, remat):
+    """On the CPU, where attention is plain products over all pairs: the count is the least plus the masked pairs."""
+    overrides = (f"model.remat={remat}", "model.compute_dtype=float32", "mesh.fsdp=1", "mesh.data=1")
+    wanted = config(directory, method, *overrides)
+    model = load_model(directory)
+    mesh = make_mesh(wanted.mesh, jax.devices()[:1])
+    compiled = compile_step(wanted, model, mesh)
+    tuned = tuned_of(compiled.state, compiled.frozen)
+    found = hlo.costs(hlo.parse(compiled.step.as_text()), taken=trained_share(combine(tuned)))
+    least = model_flops(model.config, tuned, ROWS, SEQ, remat)
+    # Plain attention: 2 products forward, 4 backward, 1 or 2 again where the layer is recomputed, over all pairs.
+    one = 2 * ROWS * LAYERS * HEADS * HEAD_DIM * SEQ**2
+    seen = 4 * ROWS * LAYERS * HEADS * HEAD_DIM * visible_pairs(SEQ)
+    least_without_attention = least - seen * (4.5 if remat == "block" else 3.5)
+    products = (found.flops - least_without_attention) / one
+    assert products == pytest.approx(8 if remat == "block" else 6, abs=0.05)
+
+
+def test_planned_shapes_are_those_of_the_run(directory):
+    """A method inits over abstract weights with the draws it makes over real ones."""
+    model = load_model(directory)
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    for spec in ({"name": "hft"}, [{"name": "lora", "rank": 4, "on": "layers[2:].attn.q"}, {"name": "hft"}]):
+        method = build(spec)
+        arguments = (jax.random.key(3), mesh)
+        optimizer = optax.adamw(1e-3)
+        planned = abstract_state(method, model.abstract(), optimizer, *arguments, logical_axes=model.logical_axes())
+        real = init_state(
+            method, model.init(jax.random.key(0)), optimizer, *arguments, logical_axes=model.logical_axes()
+        )
+        assert jax.tree.structure(planned) == jax.tree.structure(real)
+        for a, b in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert a.sharding.is_equivalent_to(b.sharding, len(a.shape))
+
+
+def test_a_method_that_looks_at_data_first_is_refused_in_one_sentence(directory):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(JaxftError, match="before it knows its own shapes"):
+        compile_step(config(directory, "{name: lt-sft}", "mesh.fsdp=1"), load_model(directory), mesh)
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded ...", 20.5),
+        ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (704.25G) exceeds available", 706.25),
+    ],
+)
+def test_what_the_compiler_says_when_memory_runs_out(message, gib):
+    assert needed_bytes(message, held=2 * 2**30) == gib * 2**30
+    assert needed_bytes("INTERNAL: something else", held=0) is None
+
+
+def test_presets_are_shapes_without_weights():
+    wanted = parse_config(
+        "model: {path: 'preset:llama3.1-8b'}\nmethod: full\ndata: {sources: [{path: x.jsonl}]}\n"
+        "training: {steps: 1, learning_rate: 1.0e-3}\noutput: out\n"
+    )
+    assert load_model(wanted.model.path).config.num_layers == 32
+    with pytest.raises(JaxftError, match='did you mean "llama3.1-8b"'):
+        load_model("preset:llama3.1-8")
+
+
+# --- compiled for a TPU -----------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("v5e:16x16", {"fsdp": -1}),
+        ("v5p:4x4x4", {"fsdp": 32, "tensor": 2}),  # 2 is no side of the torus: one is cut
+        ("v6e:8x8", {"fsdp": 16, "tensor": 4}),
+        ("v5e:1x1", {}),
+        ("16*v5e:16x16", {"data": 16, "dcn": 16, "fsdp": 256}),
+    ],
+)
+def test_meshes_on_topologies(name, sizes):
+    where = parse_topology(name)
+    mesh = make_mesh(MeshConfig(**sizes), topology.topology_devices(where))
+    assert mesh.size == where.num_chips
+    if where.slices > 1:  # the data axis goes from slice to slice, every other axis stays in one
+        for data, row in enumerate(mesh.devices):
+            assert {d.slice_index for d in row.flat} == {mesh.devices[data].flat[0].slice_index}
+
+
+@needs_compiler
+def test_slices_and_the_mesh_must_agree(directory):
+    with pytest.raises(TopologyError, match="set mesh.dcn=2"):
+        plan(config(directory), "2*v5e:2x2")
+
+
+@needs_compiler
+def test_the_plan_is_that_of_the_compiled_step(directory):
+    found = plan(config(directory, "{name: hft}", "model.attention=splash"), "v5e:2x2")
+    assert found.fits and not found.advice and found.num_chips == 4
+    assert found.mesh["fsdp"] == 4
+    assert found.hbm_gib_per_chip == pytest.approx(sum(found.memory_gib.values()), rel=0.05)
+    assert 0 < found.memory_gib["trained"] < found.memory_gib["optimizer"]
+    assert found.flops_ratio == pytest.approx(1, abs=0.15)  # one block of attention: the masked half is computed
+    assert found.collective_bytes["all-gather"] + found.collective_bytes.get("collective-permute", 0) > 0
+    assert 0 < found.roofline.mfu < 1
+    assert json.loads(json.dumps(found.record()))["fits"] is True
+
+
+@needs_compiler
+def test_the_command_prints_what_people_and_programs_read(directory, tmp_path):
+    wanted = config(directory, "{name: hft}")
+    (tmp_path / "run.yaml").write_text(json.dumps(wanted.resolved()))
+    arguments = ["plan", str(tmp_path / "run.yaml"), "-t", "v5e:2x2"]
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
+    wanted_keys = {"fits", "hbm_gib_per_chip", "compile_seconds", "flops_per_step", "model_flops", "collective_bytes"}
+    assert wanted_keys <= set(found) and found["fits"] is True
+    text = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
+    assert "hft on v5e:2x2 (4 chips, mesh fsdp 4): fits" in text
+
+
+@needs_compiler
+def test_a_job_that_does_not_fit_is_told_what_to_change(directory, tmp_path):
+    large = json.loads((directory / "config.json").read_text()) | {"vocab_size": 2**24, "hidden_size": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    found = plan(config(tmp_path, "{name: full}", "mesh.fsdp=1", "mesh.data=4"), "v5e:2x2")
+    assert not found.fits
+    assert found.hbm_gib_per_chip > found.hbm_gib_available
+    assert any("mesh.fsdp=4" in text for text in found.advice)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [m for m in methods() if m != "lt-sft"])
+def test_the_step_of_every_method_compiles_for_a_tpu(name, directory):
+    """Layers scanned, FSDP x tensor: no gather of a whole stack, every conditional product inside its conditional."""
+    entry = methods()[name]
+    text = json.dumps({"name": name, **entry.example})
+    wanted = config(directory, text, "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1", "model.attention=xla")
+    model = load_model(directory)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x2")))
+    compiled = compile_step(wanted, model, mesh)
+    found = hlo.costs(hlo.parse(compiled.step.as_text()))
+    largest = max(DIM * INNER, DIM * VOCAB) * 4
+    assert not found.full_gathers(largest), found.full_gathers(largest)
+    held = shard_bytes((compiled.state, compiled.frozen, compiled.batch))
+    assert compiled.step.memory_analysis().argument_size_in_bytes >= 0.9 * held

@@ -1,0 +1,244 @@
+"""`select`: selections written from the vocabulary, and what happens when they are drawn again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxft.errors import JaxftError
+from jaxft.methods import Probe, Signals, build, chain, count_trainable, lora, lt_sft, select
+from jaxft.partition import combine, weights_by_path
+from jaxft.weights import RowSplit, SparseDelta, Split, materialize
+from tests.methods.tiny import LOSS, batches, params
+
+KEY = jax.random.key(3)
+PATHS = [f"layers.{m}.kernel" for m in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")]
+
+
+def probe(**fields) -> Probe:
+    return Probe(loss_fn=LOSS, batches=lambda: iter(batches()), **{"total_steps": 6, **fields})
+
+
+def started(method, by: float = 0.1):
+    """A cut whose trained part has moved, and an Adam state whose moments are all one."""
+    tuned = method.init(KEY, params(), probe())
+    tuned = tuned._replace(trainable=jax.tree.map(lambda x: x + by, tuned.trainable))
+    state = optax.adam(1e-2).init(tuned.trainable)
+    return tuned, (state[0]._replace(mu=jax.tree.map(jnp.ones_like, state[0].mu)), *state[1:])
+
+
+def again(method, tuned, state, step: int = 2):
+    return method.update(jax.random.key(9), tuned, state, Signals(0.0, None, probe()), step)
+
+
+def same_shapes(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def dense(tuned):
+    return weights_by_path(materialize(combine(tuned)))
+
+
+def test_five_lines_of_yaml_make_a_method():
+    spec = {
+        "name": "select",
+        "score": {"name": "fisher", "batches": 2},
+        "granularity": "row",
+        "budget": 0.1,
+        "rounds": 3,
+        "optimizer_state": "carry",
+    }
+    method = build(spec)
+    tuned = method.init(KEY, params(), probe())
+    information = probe().gradients_of(params(), PATHS, 2, jnp.square)
+    for path, w in weights_by_path(combine(tuned)).items():
+        if path not in PATHS:
+            assert not isinstance(w, RowSplit)
+            continue
+        score = np.asarray(information[path]).mean(-1)
+        wanted = np.sort(np.argsort(-score, kind="stable")[:, : round(0.1 * score.shape[1])])
+        np.testing.assert_array_equal(w.index, wanted)
+    assert [step for step in range(1, 7) if method.due(step, 6)] == [2, 4]
+    tuned, state = started(method)
+    before = dense(tuned)
+    was = {p: np.asarray(w.index) for p, w in weights_by_path(combine(tuned)).items() if p in PATHS}
+    tuned, state = again(method, tuned, state)
+    for path, w in dense(tuned).items():
+        np.testing.assert_array_equal(w, before[path])  # values were folded in: nothing changed at once
+    moments = weights_by_path(state[0].mu)
+    for path in PATHS:
+        now, kept = weights_by_path(combine(tuned))[path].index, moments[path].rows
+        stays = np.stack([np.isin(i, o) for i, o in zip(now, was[path], strict=True)])
+        np.testing.assert_array_equal(kept, np.broadcast_to(stays[..., None], kept.shape))
+
+
+PRESETS = {
+    "paca": ({"name": "paca", "rank": 3}, {"score": "random", "granularity": "row", "budget": 3}),
+    "lift": (
+        {"name": "lift-principal-weights", "rank": 4, "period": 2},
+        {"score": {"name": "low_rank", "rank": 4}, "budget": 0.05, "period": 2},
+    ),
+    "smt": (
+        {"name": "smt", "budget": 10, "size": 8, "batches": 2},
+        {
+            "score": {"name": "absolute_gradient", "batches": 2},
+            "granularity": "block",
+            "size": 8,
+            "budget": 10,
+            "per": "model",
+            "on": "layers.attn.{q,k,v}.kernel",
+        },
+    ),
+    "apet": ({"name": "apet", "count": 300}, {"score": "random", "budget": 300, "per": "model"}),
+    "sara": (
+        {"name": "sara", "budget": 0.2, "nuclear": 0, "adjustments": 0},
+        {"score": "magnitude", "lowest": True, "budget": 0.2, "per": "model"},
+    ),
+    "lora-then-rest": (
+        [{"name": "lora", "rank": 2, "on": "@attention"}, {"name": "paca", "rank": 3, "on": "@mlp"}],
+        [
+            {"name": "lora", "rank": 2, "on": "@attention"},
+            {"name": "select", "score": "random", "granularity": "row", "budget": 3, "on": "@mlp"},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_vocabulary_alone_reproduces_a_preset(name):
+    preset, spec = PRESETS[name]
+    one, other = build(preset), build(spec if isinstance(spec, list) else {"name": "select", **spec})
+    cuts = [m.init(KEY, params(), probe())._replace(state=()) for m in (one, other)]
+    assert jax.tree.structure(cuts[0]) == jax.tree.structure(cuts[1])
+    jax.tree.map(np.testing.assert_array_equal, *cuts)
+    if one.update:
+        jax.tree.map(np.testing.assert_array_equal, *(again(m, *started(m)) for m in (one, other)))
+
+
+def test_the_vocabulary_alone_reproduces_lottery_tickets():
+    deltas = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape), params())
+    trained = Probe(trainer=lambda given, method, steps: jax.tree.map(jnp.add, given, deltas))
+    spec = {"score": {"name": "change", "steps": 5}, "budget": 100, "per": "model", "on": "layers"}
+    one = lt_sft(budget=100, search_steps=5).init(KEY, params(), trained)
+    other = build({"name": "select", **spec}).init(KEY, params(), trained)
+    for path, w in weights_by_path(combine(one)).items():
+        same = weights_by_path(combine(other))[path]
+        assert isinstance(same, SparseDelta) == isinstance(w, SparseDelta)
+        if isinstance(w, SparseDelta):
+            jax.tree.map(np.testing.assert_array_equal, w, same)
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
+@pytest.mark.parametrize("values", ["fold", "rewind"])
+def test_values_fold_in_or_rewind_and_shapes_stay(granularity, values):
+    size = 4 if granularity in ("block", "column") else 1
+    method = select("random", granularity, 2, on="@attention", size=size, period=1, values=values)
+    tuned, state = started(method)
+    before, base = dense(tuned), weights_by_path(params())
+    moved, _ = again(method, tuned, state, 1)
+    same_shapes(moved, tuned)
+    bumped = dense(moved._replace(trainable=jax.tree.map(lambda x: x + 1, moved.trainable)))
+    for path in ("layers.attn.q.kernel", "layers.attn.o.kernel"):
+        active = np.asarray(bumped[path] != dense(moved)[path])
+        assert active.any() and not active.all()
+        np.testing.assert_array_equal(np.asarray(dense(moved)[path])[active], np.asarray(before[path])[active])
+        left = np.asarray(before[path] != base[path]) & ~active
+        assert left.any()
+        wanted = before[path] if values == "fold" else base[path]
+        np.testing.assert_array_equal(np.asarray(dense(moved)[path])[left], np.asarray(wanted)[left])
+
+
+def test_reset_restarts_all_moments():
+    method = select("magnitude", period=1, optimizer_state="reset")
+    _, state = again(method, *started(method), 1)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state[0].mu))
+
+
+def test_whole_layers_and_matrices():
+    tuned = select("magnitude", "layer", 2, on="layers").init(KEY, params(), Probe())
+    cuts = [w for w in weights_by_path(combine(tuned)).values() if isinstance(w, Split)]
+    assert len(cuts) == len(jax.tree.leaves(params()["layers"]))
+    assert all((np.asarray(w.is_trainable) == np.asarray(cuts[0].is_trainable)).all() for w in cuts)
+    tuned = select("magnitude", "matrix", 0.5, per="category").init(KEY, params(), Probe())
+    trained = {p: w for p, w in weights_by_path(tuned.trainable).items() if p in PATHS}
+    layers = {p: (w.trainable if isinstance(w, Split) else w).shape[0] for p, w in trained.items()}
+    assert sum(n for p, n in layers.items() if ".mlp." in p) == 6
+    assert sum(n for p, n in layers.items() if ".attn." in p) == 8
+    tuned = select("magnitude", "leaf", 2).init(KEY, params(), Probe())
+    assert len(jax.tree.leaves(tuned.trainable)) == 2
+
+
+def test_layer_ranges_are_obeyed():
+    tuned = select("magnitude", "row", 3, on="layers[1:3].mlp.down").init(KEY, params(), Probe())
+    index = np.asarray(weights_by_path(combine(tuned))["layers.mlp.down.kernel"].index)
+    assert (index[[0, 3]] >= 48).all() and (index[1:3] < 48).all()
+    assert count_trainable(tuned) == 2 * 3 * 32
+
+
+def test_a_budget_per_matrix_is_planned_without_values():
+    for score in ("random", "magnitude", {"name": "low_rank", "rank": 2}):
+        method = build({"name": "select", "score": score, "budget": 7})
+        shapes = jax.eval_shape(lambda p, m=method: m.init(KEY, p, Probe()), params())
+        assert shapes.trainable["layers"]["attn"]["q"]["kernel"].values.shape == (4, 7)
+    method = select("random", "block", 9, per="model", size=8)  # random numbers are known without the weights
+    shapes = jax.eval_shape(lambda p: method.init(KEY, p, Probe()), params())
+    made = method.init(KEY, params(), Probe())
+    same_shapes(shapes, made)
+
+
+def test_a_function_is_a_score():
+    def first_rows(rng, candidates, probe):
+        return {p: -jnp.arange(w.size, dtype=jnp.float32).reshape(w.shape) for p, w in candidates.weights.items()}
+
+    tuned = select(first_rows, "row", 2, on="@mlp").init(KEY, params(), Probe())
+    np.testing.assert_array_equal(weights_by_path(combine(tuned))["layers.mlp.up.kernel"].index, [[0, 1]] * 4)
+
+
+def test_wanda_is_magnitude_times_activation():
+    method = build(
+        {
+            "name": "select",
+            "score": {"name": "activation", "batches": 1},
+            "granularity": "row",
+            "budget": 3,
+            "reduction": "sum",
+            "on": "@mlp",
+        }
+    )
+    tuned = method.init(KEY, params(), probe())
+    norm = probe().activations(params(), 1)["layers.mlp.down.kernel"]
+    score = np.abs(np.asarray(params()["layers"]["mlp"]["down"]["kernel"])).sum(-1) * np.asarray(norm)
+    wanted = np.sort(np.argsort(-score, kind="stable")[:, :3])
+    np.testing.assert_array_equal(weights_by_path(combine(tuned))["layers.mlp.down.kernel"].index, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"budget": 0}, "a budget of 0 is 0 of"),
+        ({"budget": 10**9}, "expected one at least, all at most"),
+        ({"budget": 1e-9}, "is 0 of"),
+        ({"score": "fishr"}, 'unknown score "fishr": .*fisher'),
+        ({"score": {"name": "fisher", "batch": 2}}, 'score "fisher" has no option "batch": .*batches'),
+        ({"period": 2, "rounds": 2}, "not both"),
+        ({"granularity": "leaf", "period": 2}, "cannot be drawn again"),
+        ({"granularity": "row", "on": "@norm"}, "has no rows to choose from"),
+        ({"granularity": "block", "size": 7}, "do not tile"),
+        ({"granularity": "layer", "per": "matrix"}, 'per="matrix" does not go with granularity="layer"'),
+        ({"granularity": "element", "size": 2}, "size=2 goes with rows"),
+        ({"granularity": "layer", "budget": 1, "on": "head"}, '"head.kernel" is in no layer'),
+        ({"granularity": "matrix", "period": 2, "values": "rewind"}, "rewind"),
+        ({"on": "layer.attn"}, "matches no weight: .*layers.attn"),
+    ],
+)
+def test_what_is_impossible_is_refused(options, text):
+    with pytest.raises(JaxftError, match=text):
+        build({"name": "select", **options}).init(KEY, params(), Probe())
+
+
+def test_what_another_method_took_is_left_alone():
+    with pytest.raises(JaxftError, match="already taken by an earlier method"):
+        chain(lora(rank=2), select("magnitude", on="@linear")).init(KEY, params(), Probe())

@@ -1,0 +1,189 @@
+"""Every implementation of attention computes the same function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxft.errors import JaxftError
+from jaxft.models.attention import PROMPT_SEGMENT, attention
+
+
+def inputs(batch=2, seq=128, heads=4, kv_heads=2, dim=16, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(batch, seq, heads, dim), (batch, seq, kv_heads, dim), (batch, seq, kv_heads, dim)]
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def reference(q, k, v, segment_ids, sliding_window, softcap):
+    """The definition, one head and one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, seq, heads, dim = q.shape
+    out = np.zeros(q.shape)
+    for b, h, t in np.ndindex(batch, heads, seq):
+        head = h // (heads // k.shape[2])
+        first = 0 if sliding_window is None else max(0, t - sliding_window + 1)
+        seen = [s for s in range(first, t + 1) if segment_ids[b, s] == segment_ids[b, t] != 0]
+        if seen:
+            scores = k[b, seen, head] @ q[b, t, h] / np.sqrt(dim)
+            scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights / weights.sum() @ v[b, seen, head]
+    return out
+
+
+def packed(batch, seq):
+    segments = np.ones((batch, seq), np.int32)
+    segments[0, seq // 3 :] = 2
+    segments[0, seq - 5 :] = 0
+    segments[1, : seq // 2] = 4
+    return segments
+
+
+def positions_of(segments):
+    positions = np.zeros_like(segments)
+    for b, t in np.ndindex(*segments.shape):
+        if t and segments[b, t] == segments[b, t - 1]:
+            positions[b, t] = positions[b, t - 1] + 1
+    return positions
+
+
+@pytest.mark.parametrize("sliding_window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_xla_is_the_definition(sliding_window, softcap):
+    q, k, v = inputs(seq=24)
+    segments = packed(2, 24)
+    out = attention(
+        q,
+        k,
+        v,
+        positions=positions_of(segments),
+        segment_ids=segments,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        implementation="xla",
+    )
+    np.testing.assert_allclose(out, reference(q, k, v, segments, sliding_window, softcap), atol=1e-5)
+
+
+@pytest.mark.parametrize(("sliding_window", "softcap", "kv_heads"), [(None, None, 2), (40, None, 1), (None, 5.0, 4)])
+def test_splash_equals_xla_in_values_and_gradients(sliding_window, softcap, kv_heads):
+    q, k, v = inputs(kv_heads=kv_heads)
+    segments = packed(2, 128)
+    real = (segments > 0)[:, :, None, None]
+
+    def run(implementation):
+        def loss(q, k, v):
+            out = attention(
+                q,
+                k,
+                v,
+                positions=positions_of(segments),
+                segment_ids=segments,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                implementation=implementation,
+            )
+            return jnp.sum(jnp.sin(out) * real), out * real
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    for a, b in zip(jax.tree.leaves(run("splash")), jax.tree.leaves(run("xla")), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_splash_on_a_mesh():
+    """Batch, heads and query positions cut over 8 devices: the same result as on one."""
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 (virtual) devices")
+    q, k, v = inputs(batch=2, seq=256)
+    segments = packed(2, 256)
+    arguments = {"positions": positions_of(segments), "segment_ids": segments}
+    expected = attention(q, k, v, **arguments, implementation="xla")
+    shape = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda q, k, v: attention(q, k, v, **arguments, implementation="splash"))(q, k, v)
+    real = (segments > 0)[:, :, None, None]
+    np.testing.assert_allclose(out * real, expected * real, atol=2e-5)
+
+
+def test_a_row_without_any_key_is_finite_and_has_no_gradient():
+    q, k, v = inputs(seq=8)
+    segments = np.zeros((2, 8), np.int32)
+
+    def loss(q, k, v):
+        return attention(q, k, v, positions=np.arange(8)[None], segment_ids=segments, implementation="xla").sum()
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    assert value == 0
+    assert all(np.all(np.asarray(g) == 0) for g in gradients)
+
+
+def test_every_segment_sees_the_prompt():
+    q, k, v = inputs(seq=6, batch=1)
+    segments = np.array([[PROMPT_SEGMENT, PROMPT_SEGMENT, 1, 1, 2, 2]])
+    positions = np.array([[0, 1, 2, 3, 2, 3]])
+    out = attention(q, k, v, positions=positions, segment_ids=segments, implementation="xla")
+    alone = attention(
+        *(x[:, [0, 1, 4, 5]] for x in (q, k, v)),
+        positions=np.arange(4)[None],
+        segment_ids=np.ones((1, 4), np.int32),
+        implementation="xla",
+    )
+    np.testing.assert_allclose(out[:, [0, 1, 4, 5]], alone, atol=1e-6)
+
+
+def test_half_precision_is_close_and_keeps_its_dtype():
+    q, k, v = inputs(seq=16, dtype=jnp.bfloat16)
+    out = attention(q, k, v, positions=np.arange(16)[None], implementation="xla")
+    assert out.dtype == jnp.bfloat16
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    np.testing.assert_allclose(out.astype(jnp.float32), reference(*wide, np.ones((2, 16), int), None, None), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [
+        ("splash", "the sequence length 24 is not a multiple of 128"),
+        ("cudnn", "there is no GPU"),
+        ("flash", 'attention "flash" is unknown: did you mean "splash"'),
+    ],
+)
+def test_what_cannot_run_says_why(implementation, message):
+    if implementation == "cudnn" and jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    q, k, v = inputs(seq=24)
+    with pytest.raises(JaxftError, match=message):
+        attention(q, k, v, positions=np.arange(24)[None], implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16])
+@pytest.mark.parametrize("sliding_window", [None, 40])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_cudnn_equals_xla(dtype, sliding_window, segmented):
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    q, k, v = inputs(seq=256, dim=64, dtype=dtype)
+    segments = packed(2, 256) if segmented else None
+    positions = positions_of(segments) if segmented else np.arange(256)[None]
+    real = (segments > 0)[:, :, None, None] if segmented else 1.0
+
+    def run(implementation):
+        def loss(q, k, v):
+            out = attention(
+                q,
+                k,
+                v,
+                positions=positions,
+                segment_ids=segments,
+                sliding_window=sliding_window,
+                implementation=implementation,
+            ).astype(jnp.float32)
+            return jnp.sum(jnp.sin(out) * real), out * real
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    for a, b in zip(jax.tree.leaves(run("cudnn")), jax.tree.leaves(run("xla")), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.06)

@@ -1,0 +1,36 @@
+"""One run of the tiny model in a process of its own, forked from a server that has imported everything already."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxft.errors import JaxftError
+from jaxft.training import train
+from tests.training.tiny import tiny_config
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.training.run_tiny"])
+
+
+def start(directory: Path, output: Path, sections: dict[str, Any]) -> multiprocessing.Process:
+    """Starts a run on one device; what it prints goes to `<output>.log`."""
+    process = _context.Process(target=_run, args=(directory, output, sections))
+    process.start()
+    return process
+
+
+def log(output: Path) -> str:
+    return output.with_suffix(".log").read_text()
+
+
+def _run(directory: Path, output: Path, sections: dict[str, Any]) -> None:
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"  # read when the first device is asked for
+    file = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    try:
+        train(tiny_config(directory, output, **sections))
+    except JaxftError as error:
+        sys.exit(f"error: {error}")
