@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Programs in flight compete for the threads that their collectives need: one at a time.
@@ -32,3 +33,10 @@ settings.register_profile(
     "jaxft", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("jaxft")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Every program that stays compiled holds memory maps, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()

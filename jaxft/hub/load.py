@@ -134,13 +134,13 @@ class _Tensors:
 
 
 def load_pretrained(
-    path_or_id: str | Path, *, dtype: Any, sharding: Tree | Sharding | None = None
+    path_or_id: str | Path, *, dtype: Any = jnp.float32, sharding: Tree | Sharding | None = None
 ) -> tuple[LanguageModel, Tree]:
     """A model and its params from a Hugging Face directory (safetensors, one file or several) or hub id.
 
     Args:
       path_or_id: a directory with `config.json` and safetensors, a hub id "owner/name", or an embedded model ("nano").
-      dtype: the dtype of the params, or None for that of the file.
+      dtype: the dtype of the params (float32, as `model.param_dtype` of a config), or None for that of the file.
       sharding: a tree of shardings like the params, one sharding for all, or None for the default device. Each process
         reads only what its devices hold.
 
