@@ -1,0 +1,485 @@
+"""What tuning methods learn and forget over a sequence of tasks: `python benchmarks/forgetting.py`.
+
+The embedded model learns four tasks one after the other, each method from the same start and over the same batches;
+after each task the update is merged into the weights and every task, learned or not, is measured on held-out rows,
+together with the text that the model was pretrained on. Each seed has its own order of tasks, data and draws.
+
+1. `api-docs`: what a function of numpy or jax does, from its signature (real text)
+2. `source`: functions of Python's standard library, as code (real text)
+3. `unicode`: the name of a character, from its code point (real data, from `unicodedata`)
+4. `numbers`: a number in words, from its digits (programmatic)
+
+Every method has the smallest learning rate, of those tried, with which it learned the first two tasks at least 95 % as
+well as with the best (on a seed of its own, by the loss on the task just learned: forgetting has no say). Then, with
+R[i, j] the loss on task j after the i-th task of the order (nats a target token; lower is better):
+
+- *learned*: mean over tasks of base loss - R[j, j], the fall on a task right after it was learned
+- *forgot (tasks)*: mean over all but the last task of R[T, j] - R[j, j]; backward transfer is its negative
+- *forgot (pretraining)*: the rise of the loss on held-out documentation of the standard library, over the sequence
+- *final*: mean over tasks of R[T, j]
+- *accuracy*: held-out answers of `unicode` and `numbers` that are wholly right at the end
+
+Figures are means over seeds with 95 % intervals (Student's t). `--write` makes docs/forgetting.md from the results,
+which are kept after every sequence: an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import ast
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import sysconfig
+import tempfile
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import jaxft
+from jaxft.data import DataConfig, EvaluationSetConfig, evaluation_batches, train_batches
+from jaxft.distributed import MeshConfig, make_mesh, shard_batch
+from jaxft.evaluation import EvaluationConfig, make_evaluation
+from jaxft.methods import Method, Probe, Signals, build
+from jaxft.training.compilation import enable_compilation_cache
+from jaxft.training.output import write_atomically
+from jaxft.training.state import init_state, shardings_of, tuned_of
+from jaxft.training.step import make_train_step
+from jaxft.weights import Tree, materialize
+
+ROOT = Path(__file__).parent
+RESULTS, PAGE = ROOT / "results" / "forgetting.json", ROOT.parent / "docs" / "forgetting.md"
+TASKS = ("api-docs", "source", "unicode", "numbers")
+EXACT = ("unicode", "numbers")  # answers short enough to be wholly right
+PRETRAINING = "python-docs"
+SEARCH_SEED = 1000
+
+# What is compared, and the learning rates tried. Budgets: half for HFT, else about a tenth of the parameters.
+METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "full": ({"name": "full"}, (3e-4, 1e-3, 3e-3)),
+    "hft": ({"name": "hft"}, (3e-4, 1e-3, 3e-3)),
+    "lisa": ({"name": "lisa", "period": 10}, (3e-4, 1e-3, 3e-3)),
+    "lora": ({"name": "lora", "rank": 16}, (1e-3, 3e-3, 1e-2)),
+    "lift": ({"name": "lift-principal-weights", "budget": 0.1, "period": 20}, (3e-4, 1e-3, 3e-3)),
+    "s2ft": ({"name": "s2ft"}, (1e-3, 3e-3, 1e-2)),
+    "spiel": ({"name": "spiel", "budget": 0.1, "period": 10, "batches": 2}, (1e-3, 3e-3, 1e-2)),
+}
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def in_words(n: int) -> str:
+    """
+    >>> in_words(4217)
+    'four thousand two hundred seventeen'
+    """
+    if n < 20:
+        return UNITS[n]
+    if n < 100:
+        return TENS[n // 10 - 2] + (f" {UNITS[n % 10]}" if n % 10 else "")
+    size, name = (1000, "thousand") if n >= 1000 else (100, "hundred")
+    return f"{in_words(n // size)} {name}" + (f" {in_words(n % size)}" if n % size else "")
+
+
+def number_rows() -> list[dict[str, str]]:
+    return [{"prompt": str(n), "completion": in_words(n)} for n in range(1, 10_000)]
+
+
+def unicode_rows() -> list[dict[str, str]]:
+    """Letters and signs with a name, below the CJK blocks (whose names repeat the code point)."""
+    named = ((n, unicodedata.name(chr(n), "")) for n in range(0x20, 0x3000))
+    return [{"prompt": f"U+{n:04X}", "completion": name.capitalize()} for n, name in named if name]
+
+
+def source_rows() -> list[dict[str, str]]:
+    """Functions of the top-level modules of the standard library, without their docstrings."""
+    rows = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                if ast.get_docstring(node) is not None:
+                    node.body = node.body[1:] or [ast.Pass()]
+                text = ast.unparse(node)
+                if 80 <= len(text) <= 600:
+                    rows.append({"text": text})
+    return rows
+
+
+def write_tasks(directory: Path) -> None:
+    """`directory/TASK-train.jsonl` and `-test.jsonl` of the tasks that no builtin source offers; 5 % are held out."""
+    for task, rows in (("source", source_rows()), ("unicode", unicode_rows()), ("numbers", number_rows())):
+        random.Random(task).shuffle(rows)
+        cut = len(rows) // 20
+        for part, some in (("test", rows[:cut]), ("train", rows[cut:])):
+            lines = (json.dumps(row) for row in some)
+            (directory / f"{task}-{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def train_source(task: str, directory: Path) -> dict[str, Any]:
+    if task == "api-docs":
+        return {"path": "builtin:api-docs", "holdout": 0.1, "part": "train"}
+    return {"path": str(directory / f"{task}-train.jsonl")}
+
+
+def test_source(task: str, directory: Path) -> dict[str, Any]:
+    builtin = {"api-docs": 0.1, PRETRAINING: 0.05}
+    if task in builtin:
+        return {"path": f"builtin:{task}", "holdout": builtin[task], "part": "holdout", "limit": 150}
+    return {"path": str(directory / f"{task}-test.jsonl"), "limit": 150}
+
+
+# --- one sequence -----------------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """What all sequences share."""
+
+    model: Any
+    base: Tree
+    tokenizer: Any
+    mesh: Any
+    directory: Path
+    steps: int
+    batch_size: int
+    seq_len: int
+    evaluate: Callable[[Tree], dict[str, dict[str, float]]]
+    exact: Callable[[Tree], dict[str, float]]
+
+    def data(self, task: str) -> DataConfig:
+        return DataConfig(
+            sources=[train_source(task, self.directory)],
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            loss_on="answers",
+            chat_template="plain",
+        )
+
+
+def make_setting(options: argparse.Namespace, directory: Path) -> Setting:
+    model, base = jaxft.load_pretrained("nano")
+    tokenizer = jaxft.load_tokenizer("nano")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    write_tasks(directory)
+    setting = Setting(
+        model, base, tokenizer, mesh, directory, options.steps, options.batch_size, options.seq_len, dict, dict
+    )
+    sets = {t: EvaluationSetConfig(**test_source(t, directory), kind="target") for t in (*TASKS, PRETRAINING)}
+    evaluate = make_evaluation(EvaluationConfig(sets=sets), setting.data("numbers"), tokenizer, model, mesh)
+    return setting._replace(evaluate=evaluate, exact=make_exact(setting))
+
+
+def make_exact(setting: Setting) -> Callable[[Tree], dict[str, float]]:
+    """`params -> {task: share of held-out rows whose answer is the most likely one, token by token}`."""
+    model = setting.model
+
+    @jax.jit
+    def right(params: Tree, batch: Mapping[str, Any]) -> Any:
+        hidden = model.hidden(params, batch["tokens"], batch["positions"], batch["segment_ids"], remat="none")
+        hit = model.logits(params, hidden).argmax(-1) == batch["targets"]
+        return (hit | (batch["weights"] == 0)).all(-1), (batch["weights"] > 0).any(-1)
+
+    batches = {}
+    for task in EXACT:
+        config = EvaluationSetConfig(**test_source(task, setting.directory), kind="target")
+        data = setting.data(task).model_copy(update={"packing": False})
+        batches[task] = list(
+            evaluation_batches(config, setting.tokenizer, seq_len=setting.seq_len, batch_size=50, data=data)
+        )
+
+    def exact(params: Tree) -> dict[str, float]:
+        shares = {}
+        for task, found in batches.items():
+            hits = [jax.device_get(right(params, batch)) for batch in found]
+            counted = np.concatenate([c for _, c in hits])
+            shares[task] = float(np.concatenate([h for h, _ in hits])[counted].mean())
+        return shares
+
+    return exact
+
+
+class Trainer:
+    """One method at one learning rate: its train step is compiled once and serves every task and seed."""
+
+    def __init__(self, setting: Setting, spec: Mapping[str, Any], learning_rate: float):
+        self.setting, self.method = setting, build(dict(spec))
+        warmup = max(1, setting.steps // 10)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, setting.steps)
+        self.optimizer = optax.adamw(schedule, weight_decay=0.01)
+        self.loss = jaxft.language_model_loss(setting.model, remat="none")
+        self.steps: dict[int, Any] = {}
+
+    def batches(self, task: str, seed: int) -> Iterator[dict[str, Any]]:
+        found = train_batches(self.setting.data(task), self.setting.tokenizer, seed=seed)
+        return (shard_batch(batch, self.setting.mesh) for batch in found)
+
+    def run(self, params: Tree, task: str, seed: int, method: Method | None = None, steps: int | None = None) -> Tree:
+        """`params` after one task, merged."""
+        method, total = method or self.method, steps or self.setting.steps
+        probe = Probe(
+            loss_fn=self.loss,
+            batches=lambda: self.batches(task, seed),
+            trainer=lambda p, m, n: self.run(p, task, seed, m, n),
+            total_steps=total,
+        )
+        rng = jax.random.key(seed)
+        axes = self.setting.model.logical_axes()
+        state, frozen = init_state(
+            method, params, self.optimizer, rng, self.setting.mesh, logical_axes=axes, probe=probe
+        )
+        if id(method) not in self.steps:
+            self.steps[id(method)] = make_train_step(
+                self.loss, method, self.optimizer, clip_norm=1.0, shardings=shardings_of(state)
+            )
+        train_step = self.steps[id(method)]
+        for step, batch in zip(range(1, total + 1), self.batches(task, seed), strict=False):
+            state, metrics = train_step(state, frozen, batch)
+            gradients = metrics.pop("gradients", None)
+            if method.update is not None and method.due is not None and method.due(step, total):
+                signals = Signals(loss=metrics["loss"], gradients=gradients, probe=probe)
+                tuned, opt_state = method.update(
+                    jax.random.fold_in(rng, step), tuned_of(state, frozen), state.opt_state, signals, step
+                )
+                state = state._replace(trainable=tuned.trainable, opt_state=opt_state, method_state=tuned.state)
+                frozen = tuned.frozen
+        return materialize(jaxft.merge(tuned_of(state, frozen)))
+
+
+def sequence(trainer: Trainer, seed: int, tasks: list[str]) -> dict[str, Any]:
+    """Losses after every task of one sequence: `losses[i][name]`, row 0 the base model's."""
+    setting = trainer.setting
+    params, began = setting.base, time.time()
+    losses = [{name: found["loss"] for name, found in setting.evaluate(params).items()}]
+    for task in tasks:
+        params = trainer.run(params, task, seed)
+        losses.append({name: found["loss"] for name, found in setting.evaluate(params).items()})
+    return {"tasks": tasks, "losses": losses, "exact": setting.exact(params), "seconds": time.time() - began}
+
+
+def order_of(seed: int) -> list[str]:
+    tasks = list(TASKS)
+    random.Random(seed).shuffle(tasks)
+    return tasks
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def measures(found: Mapping[str, Any]) -> dict[str, float]:
+    tasks, losses = found["tasks"], found["losses"]
+    after = {task: losses[i + 1][task] for i, task in enumerate(tasks)}
+    last = losses[-1]
+    return {
+        "learned": statistics.mean(losses[0][t] - after[t] for t in tasks),
+        "forgot_tasks": statistics.mean(last[t] - after[t] for t in tasks[:-1]),
+        "forgot_pretraining": last[PRETRAINING] - losses[0][PRETRAINING],
+        "final": statistics.mean(last[t] for t in tasks),
+        "accuracy": statistics.mean(found["exact"].values()),
+    }
+
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (NaN for a single value)."""
+    if len(values) < 2:
+        return values[0], math.nan
+    spread = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), spread
+
+
+def summary(results: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
+    """method -> measure -> (mean, half width), over the seeds that are done; `difference` rows are paired with full."""
+    table: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, runs in results["sequences"].items():
+        found = {seed: measures(run) for seed, run in runs.items()}
+        if not found:
+            continue
+        first = next(iter(found.values()))
+        table[name] = {key: interval([m[key] for m in found.values()]) for key in first}
+        full = {seed: measures(run) for seed, run in results["sequences"].get("full", {}).items()}
+        both = sorted(set(found) & set(full))
+        if name != "full" and both:
+            for key in ("learned", "forgot_tasks", "forgot_pretraining"):
+                table[name][f"{key}_minus_full"] = interval([found[s][key] - full[s][key] for s in both])
+    return table
+
+
+def page(results: Mapping[str, Any]) -> str:
+    table, setting = summary(results), results["setting"]
+    seeds = max(len(runs) for runs in results["sequences"].values())
+
+    def cell(name: str, key: str, scale: float = 1, digits: int = 2) -> str:
+        mean, half = table[name][key]
+        width = "" if math.isnan(half) else f" ± {half * scale:.{digits}f}"
+        return f"{mean * scale:.{digits}f}{width}"
+
+    lines = [
+        "# Forgetting",
+        "",
+        "What tuning methods learn and forget when one model learns four tasks, one after the other. Written by",
+        "`python benchmarks/forgetting.py --write`, whose first lines define tasks and measures; do not edit.",
+        "",
+        f"Base: the embedded model *nano*. {seeds} seeds, each with its own order of tasks; {setting['steps']} steps a "
+        f"task of {setting['batch_size']} x {setting['seq_len']} tokens; AdamW, warm-up and cosine decay; the update "
+        "is merged after each task. Means with 95 % intervals over seeds; nats a target token.",
+        "",
+        "| method | learning rate | learned | forgot (tasks) | forgot (pretraining) | final loss | accuracy, % |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in table:
+        rate = results["rates"][name]["chosen"]
+        lines.append(
+            f"| {name} | {rate:g} | {cell(name, 'learned')} | {cell(name, 'forgot_tasks')} | "
+            f"{cell(name, 'forgot_pretraining')} | {cell(name, 'final')} | {cell(name, 'accuracy', 100, 1)} |"
+        )
+    lines += [
+        "",
+        "*learned*: more is better. *forgot*: less is better; *backward transfer* is the negative of *forgot (tasks)*.",
+        "",
+        "## Against full tuning, seed by seed",
+        "",
+        "Differences to full tuning on the same seed, which share its order and data, so that the intervals are those",
+        "of the method and not of the order. An interval that holds 0 shows no difference.",
+        "",
+        "| method | learned | forgot (tasks) | forgot (pretraining) |",
+        "|---|--:|--:|--:|",
+    ]
+    for name in table:
+        if "learned_minus_full" in table[name]:
+            cells = (cell(name, f"{k}_minus_full") for k in ("learned", "forgot_tasks", "forgot_pretraining"))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "## What the papers claim, and what came out", ""]
+    lines += [f"- {sentence}" for sentence in verdicts(table)]
+    lines += [
+        "",
+        "This is a model of three million parameters and short tasks: it tells apart mechanisms, it does not predict",
+        "what a model of billions will do.",
+        "",
+        "## Learning rates",
+        "",
+        "The mean fall of the loss on the first two tasks, each right after it was learned, on a seed of its own; the",
+        "smallest rate within 5 % of the best was chosen.",
+        "",
+        "| method | " + " | ".join(["tried", "learned"]) + " |",
+        "|---|---|---|",
+    ]
+    for name, found in results["rates"].items():
+        tried = sorted((float(rate), value) for rate, value in found["tried"].items())
+        lines.append(
+            f"| {name} | {', '.join(f'{r:g}' for r, _ in tried)} | {', '.join(f'{v:.3f}' for _, v in tried)} |"
+        )
+    lines += ["", f"Measured on {results['date']} with {results['versions']}.", ""]
+    return "\n".join(lines)
+
+
+CLAIMS = {
+    "hft": "HFT (Hui et al., 2024): about as much learned as full tuning, and less forgotten",
+    "lisa": "LISA (Pan et al., 2024): at least as much learned as full tuning, at the memory of LoRA",
+    "lora": "LoRA learns less and forgets less (Biderman et al., 2024)",
+    "lift": "LIFT (Liu et al., 2025): as much learned as full tuning, and less forgotten than by it or by LoRA",
+    "s2ft": "S2FT (Yang et al., 2024): as much learned as full tuning, and less forgotten",
+    "spiel": "SpIEL (Ansell et al., 2024): more learned than LoRA at the same number of parameters",
+}
+
+
+def verdicts(table: Mapping[str, Mapping[str, tuple[float, float]]]) -> list[str]:
+    """A sentence for each claim, made from the intervals alone."""
+
+    def against(name: str, key: str, more: str, less: str) -> str:
+        mean, half = table[name][f"{key}_minus_full"]
+        if math.isnan(half) or abs(mean) <= half:
+            return f"not told apart from full tuning ({mean:+.2f})"
+        return f"{more if mean > 0 else less} ({mean:+.2f} ± {half:.2f})"
+
+    found = []
+    for name, claim in CLAIMS.items():
+        if "learned_minus_full" not in table.get(name, {}):
+            continue
+        found.append(
+            f"{claim}. Here: learned {against(name, 'learned', 'more', 'less')}; forgot of the tasks "
+            f"{against(name, 'forgot_tasks', 'more', 'less')}, of pretraining "
+            f"{against(name, 'forgot_pretraining', 'more', 'less')}."
+        )
+    return found
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    enable_compilation_cache()
+    with tempfile.TemporaryDirectory() as directory:
+        setting = make_setting(options, Path(directory))
+        for name in options.methods:
+            spec, rates = METHODS[name]
+            tried = results["rates"].setdefault(name, {"tried": {}})["tried"]
+            for rate in rates:
+                if f"{rate:g}" not in tried:
+                    found = sequence(Trainer(setting, spec, rate), SEARCH_SEED, list(TASKS[:2]))
+                    fall = [found["losses"][0][t] - found["losses"][i + 1][t] for i, t in enumerate(found["tasks"])]
+                    tried[f"{rate:g}"] = statistics.mean(fall)
+                    print(f"{name}: rate {rate:g} learned {statistics.mean(fall):.3f}", flush=True)
+                    save(results)
+            best = max(tried.values())
+            chosen = min((rate for rate, fall in tried.items() if fall >= 0.95 * best), key=float)
+            results["rates"][name]["chosen"] = float(chosen)
+            trainer = Trainer(setting, spec, float(chosen))
+            done = results["sequences"].setdefault(name, {})
+            for seed in range(options.seeds):
+                if str(seed) not in done:
+                    done[str(seed)] = sequence(trainer, seed, order_of(seed))
+                    figures = {key: round(value, 3) for key, value in measures(done[str(seed)]).items()}
+                    print(f"{name}: seed {seed} {figures} in {done[str(seed)]['seconds']:.0f} s", flush=True)
+                    save(results)
+
+
+def save(results: Mapping[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50, help="steps a task")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--again", action="store_true", help="forget earlier results")
+    parser.add_argument("--write", action="store_true", help="write docs/forgetting.md too")
+    options = parser.parse_args()
+    setting = {"steps": options.steps, "batch_size": options.batch_size, "seq_len": options.seq_len}
+    results: dict[str, Any] = {}
+    if RESULTS.exists() and not options.again:
+        results = json.loads(RESULTS.read_text())
+        if results["setting"] != setting:
+            parser.error(f"{RESULTS} was made with {results['setting']}; --again starts anew with {setting}")
+    results = {"setting": setting, "rates": {}, "sequences": {}} | results
+    results["date"] = time.strftime("%Y-%m-%d")
+    results["versions"] = f"jax {jax.__version__} on {os.cpu_count()} CPU cores ({platform.machine()})"
+    run(options, results)
+    save(results)
+    for name, found in summary(results).items():
+        print(f"{name:6}", {key: tuple(round(v, 3) for v in value) for key, value in found.items()})
+    if options.write:
+        write_atomically(PAGE, page(results))
+
+
+if __name__ == "__main__":
+    main()
