@@ -331,6 +331,32 @@ def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
+# What other data sets call the columns that people train on, for the hint of how to map them.
+_CALLED = {
+    "prompt": ("question", "query", "instruction", "input", "problem", "context", "source"),
+    "completion": ("response", "answer", "output", "chosen", "solution", "label", "target", "summary"),
+    "instruction": ("question", "query", "prompt"),
+    "input": ("context",),
+    "output": ("response", "answer", "completion", "chosen"),
+    "text": ("content", "document", "body", "article"),
+    "messages": ("chat", "dialog", "dialogue", "conversation", "turns"),
+}
+
+
+def _suggested_mapping(seen: Iterable[str]) -> str:
+    """A `columns` mapping that would fit columns of these names, else an example of one."""
+    names = list(seen)
+    for wanted in (("messages",), ("instruction", "input", "output"), ("prompt", "completion"), ("text",)):
+        found: dict[str, str] = {}
+        for ours in wanted:
+            theirs = next((n for n in (ours, *_CALLED[ours]) if n in names and n not in found.values()), None)
+            if theirs is not None:
+                found[ours] = theirs
+        if len(found) == len(wanted):
+            return "columns: {" + ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items()) + "}"
+    return "columns: {prompt: question, completion: answer}"
+
+
 def detect_layout(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> Layout:
     """The layout that most of `rows` have.
 
@@ -354,7 +380,7 @@ def detect_layout(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> La
     mapped = f" with columns: {columns}" if columns else ""
     raise JaxftError(
         f"columns {_listed(seen)}{mapped} are in no layout jaxft knows. Layouts: {layouts}. "
-        "Map yours in the config, for example columns: {prompt: question, completion: answer}"
+        f"Map yours in the config, for example {_suggested_mapping(seen)}"
     )
 
 

@@ -139,6 +139,7 @@ def load_examples(
                     which.append(number)
                     files.append(file_index.setdefault((place.file, place.unit), len(file_index)))
                     lines.append(place.line)
+        report.malformed.sort(key=lambda bad: (bad.place.file, bad.place.line))  # some are found when rendered
         report.examples = len(lengths) - first
         report.lengths = np.array(lengths[first:], np.int64)
         report.tokens = int(report.lengths.sum())
@@ -167,7 +168,9 @@ def _tokenize(
     documents: list[tuple[int, str]] = []
     rendered: list[tuple[int, Rendered]] = []
     for i, (place, example) in enumerate(chunk):
-        report.control_tokens += _holds_special_tokens(example, template)
+        if _holds_special_tokens(example, template):
+            report.control_tokens += 1
+            report.control_token_place = report.control_token_place or place
         if isinstance(example, Document):
             documents.append((i, example.text))
             continue

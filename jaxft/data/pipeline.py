@@ -266,7 +266,8 @@ def _warnings(examples: Examples, template: Template, report: DataReport) -> lis
             found.append(f"{source.name}: {source.dropped_too_long} rows dropped, longer than seq_len={report.seq_len}")
         if source.control_tokens:
             found.append(
-                f"{source.name}: {source.control_tokens} rows hold special tokens as text; they are read as such"
+                f"{source.name}: {source.control_tokens} row{'s' * (source.control_tokens > 1)} with special tokens in "
+                f"the text, which are read as such; the first: {source.control_token_place}"
             )
     if not template.plain and template.loss_on != "all" and len(examples):
         tokenizer = template.tokenizer

@@ -1,5 +1,6 @@
 """What was read and what became of it: counts per source, lengths, packing, every malformed row."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 from jaxft.data.sources import BadRow, Place
 from jaxft.errors import JaxftError
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and newline
 SHOWN_ROWS = 10  # malformed rows quoted in an error message; the report has them all
 
 
@@ -27,6 +29,7 @@ class SourceReport:
     dropped_untrained: int = 0
     truncated: int = 0
     control_tokens: int = 0  # rows whose own text holds a special token of the tokenizer
+    control_token_place: Place | None = None  # the first of them
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -114,6 +117,7 @@ class DataReport:
         for example in self.shown:
             text = Text()
             for piece, trained in example.pieces:
+                piece = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", piece)  # data must not drive the terminal
                 shown = piece if colored or not trained else f"⟦{piece}⟧"
                 text.append(shown, style="bold green" if trained else "dim")
             how = "green" if colored else "those in ⟦⟧"

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -115,7 +116,7 @@ def _read_files(files: list[str], source: RowsConfig) -> Iterator[Row | BadRow]:
         reader = readers[_format_of(path, source.format)]
         try:
             yield from reader(path, source)
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:  # the last two: a gzip file cut short or damaged
             raise JaxftError(f"{path}: cannot be read: {error}") from error
 
 
@@ -126,10 +127,31 @@ def _open(path: str) -> BinaryIO:
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _as_row(place: Place, value: Any) -> Row | BadRow:
-    if isinstance(value, dict):
-        return Row(place, value)
-    return BadRow(place, f"expected an object with columns, found {type(value).__name__}")
+class _Decoder(json.JSONDecoder):
+    """JSON that notes a name written twice in an object, of which json would keep the last value in silence."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.twice: str | None = None
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        self.twice = None
+        return super().raw_decode(s, idx)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice = next(name for name in names if names.count(name) > 1)
+        return found
+
+    def row(self, place: Place, value: Any) -> Row | BadRow:
+        """A row of what was just decoded."""
+        if self.twice is not None:
+            return BadRow(place, f"{self.twice[:60]!r} is written twice in one object; keep one")
+        if isinstance(value, dict):
+            return Row(place, value)
+        return BadRow(place, f"expected an object with columns, found {type(value).__name__}")
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -137,6 +159,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _jsonl(path: str, source: RowsConfig) -> Iterator[Row | BadRow]:
+    decoder = _Decoder()
     with _open(path) as file:
         for number in itertools.count(1):
             line = file.readline(MAX_LINE_BYTES + 1)
@@ -152,7 +175,7 @@ def _jsonl(path: str, source: RowsConfig) -> Iterator[Row | BadRow]:
             if not line.strip():
                 continue
             try:
-                yield _as_row(place, json.loads(line.decode("utf-8")))
+                yield decoder.row(place, decoder.decode(line.decode("utf-8")))
             except UnicodeDecodeError as error:
                 yield BadRow(place, _not_utf8(error))
             except json.JSONDecodeError as error:
@@ -170,12 +193,12 @@ def _json(path: str, source: RowsConfig) -> Iterator[Row | BadRow]:
     except UnicodeDecodeError as error:
         yield BadRow(Place(path, content.count(b"\n", 0, error.start) + 1), _not_utf8(error))
         return
-    body = text.lstrip()
+    body, decoder = text.lstrip(), _Decoder()
     if body.startswith("["):
         yield from _json_array(path, text, len(text) - len(body))
         return
     try:
-        value = json.loads(body)
+        value = decoder.decode(body)
     except (ValueError, RecursionError):
         yield from _jsonl(path, source)  # "Extra data": one object a line
         return
@@ -186,14 +209,14 @@ def _json(path: str, source: RowsConfig) -> Iterator[Row | BadRow]:
     )
     if len(lists) == 1 and len(value) <= 2 and not {"messages", "conversations"} & set(value):
         for number, item in enumerate(lists[0], 1):
-            yield _as_row(Place(path, number, "row"), item)
+            yield decoder.row(Place(path, number, "row"), item)
     else:
-        yield _as_row(Place(path, 1), value)
+        yield decoder.row(Place(path, 1), value)
 
 
 def _json_array(path: str, text: str, start: int) -> Iterator[Row | BadRow]:
     """Items decoded one by one, so that each has its line."""
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    decoder, space = _Decoder(), re.compile(r"\s*")
     at, line, counted = start + 1, 1, 0
     while True:
         at = space.match(text, at).end()  # type: ignore[union-attr]
@@ -213,7 +236,7 @@ def _json_array(path: str, text: str, start: int) -> Iterator[Row | BadRow]:
         except (RecursionError, ValueError) as error:
             yield BadRow(Place(path, line), f"not JSON that can be read: {error}; the rest is not read")
             return
-        yield _as_row(Place(path, line), value)
+        yield decoder.row(Place(path, line), value)
         at = space.match(text, at).end()  # type: ignore[union-attr]
         if text[at : at + 1] == ",":
             at += 1
@@ -247,6 +270,11 @@ def _csv(path: str, source: RowsConfig) -> Iterator[Row | BadRow]:
                 header = fields
                 if len(set(header)) < len(header):
                     raise JaxftError(f"{place}: the header names a column twice: {', '.join(header)}")
+                if len(header) == 1 and (other := next((s for s in ";|\t" if s in header[0]), None)):
+                    raise JaxftError(
+                        f"{place}: the header is one column, {header[0]!r}: its names look separated by {other!r}; "
+                        "fields are separated by commas (in .tsv files by tabs)"
+                    )
             elif len(fields) != len(header):
                 yield BadRow(place, f"{len(fields)} fields, the header has {len(header)}")
             else:

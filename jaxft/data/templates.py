@@ -153,9 +153,21 @@ def render(template: Template, conversation: Conversation) -> Rendered:
     if template.plain:
         return _render_plain(template, messages, conversation.tools, answers)
     text = _render(template, messages, conversation.tools)
+    _check_tools(messages, conversation.tools, text)
     if template.loss_on == "all":
         return Rendered(text, ((0, len(text)),))
     return Rendered(text, tuple(_find_answer(template, messages, conversation.tools, text, i) for i in answers))
+
+
+def _check_tools(messages: list[Message], tools: Any, text: str) -> None:
+    """Raises RowError where a template leaves out tools or calls: many know nothing of them and say nothing."""
+    offered = [
+        tool.get("function", tool).get("name") for tool in tools or () if isinstance(tool.get("function", tool), dict)
+    ]
+    called = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+    for what, names in (("tools", offered), ("tool calls", called)):
+        if lost := next((name for name in names if isinstance(name, str) and name not in text), None):
+            raise RowError(f"the chat template does not write {what} (such as {lost[:60]!r}); use one that does")
 
 
 def _render_plain(template: Template, messages: list[Message], tools: Any, answers: list[int]) -> Rendered:

@@ -1,6 +1,7 @@
 """Layouts of columns, and rows that do not keep to them."""
 
 import pytest
+import yaml
 
 from jaxft.data.columns import Conversation, Document, Question, RowError, convert, detect_layout
 from jaxft.errors import JaxftError
@@ -87,6 +88,13 @@ def test_unknown_layout_says_what_is_there_and_how_to_map():
         JaxftError, match="columns query, reply are in no layout.*prompt\\+completion.*columns: {prompt"
     ):
         parse({"query": "x", "reply": "y"})
+    row = {"instruction": "x", "context": "c", "response": "y", "category": "z"}
+    suggested = "{instruction: instruction, input: context, output: response}"
+    with pytest.raises(JaxftError, match=f"example columns: {suggested}"):
+        parse(row)
+    columns = yaml.safe_load(suggested)
+    messages = convert(row, detect_layout([row], columns), columns).messages
+    assert [m["content"] for m in messages] == ["x\nc", "y"]
 
 
 def test_the_layout_is_the_sources():

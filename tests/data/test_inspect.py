@@ -20,7 +20,7 @@ def test_report(tmp_path, tokenizers):
     source = values["sources"][0]
     assert source["name"] == "mine" and source["rows"] == 27 and source["malformed"] == 15
     assert source["examples"] == 11 and source["truncated"] == 1 and source["dropped_untrained"] == 1
-    assert source["control_tokens"] == 1
+    assert source["control_tokens"] == 1 and any(f"the first: {path}:12" in text for text in values["warnings"])
     assert source["lengths"]["min"] <= source["lengths"]["p50"] <= source["lengths"]["max"] <= 64
     assert 0 < source["trained_percent"] < 100 and values["tokens"] == source["tokens"]
     assert values["packing_efficiency"] == round(values["tokens"] / (values["rows_per_epoch"] * 64), 4)
@@ -35,6 +35,14 @@ def test_report(tmp_path, tokenizers):
     console.print(report)
     text = console.export_text()
     assert f"{path}:27" in text and "⟦answer<|im_end|>⟧" in text and "answer" in text and "steps an epoch, " in text
+
+
+def test_data_cannot_drive_the_terminal(write_jsonl, tokenizers):
+    config = DataConfig(sources=[{"path": write_jsonl([{"text": "a\x1b[2J\x07\tb\nc"}])}], seq_len=32, batch_size=1)
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console.print(inspect(config, tokenizers["base"], 1))
+    text = console.export_text()
+    assert r"\x1b[2J\x07" in text and "\x1b" not in text and "\x07" not in text
 
 
 def test_too_little_data_is_said_not_raised(write_jsonl, tokenizers):

@@ -107,11 +107,13 @@ def test_hostile_lines_are_located(tmp_path, monkeypatch):
         b'{"text": "two"} {"text": "objects"}',
         b'{"text": "windows line end"}\r',
         b'{"number": ' + b"9" * 10_000 + b"}",
+        b'{"text": "first", "text": "second"}',
+        b'{"text": "x", "meta": {"id": 1, "id": 2}, oops',
         b'{"text": "last line without newline"}',
     ]
     path.write_bytes(b"\n".join(content))
     rows = list(read_rows(SourceConfig(path=str(path))))
-    assert [row.place.line for row in rows if isinstance(row, Row)] == [1, 11, 13]
+    assert [row.place.line for row in rows if isinstance(row, Row)] == [1, 11, 15]
     assert rows[0].values == {"text": "after a byte order mark"}
     reasons = {row.place.line: row.reason for row in rows if isinstance(row, BadRow)}
     expected = {
@@ -123,6 +125,8 @@ def test_hostile_lines_are_located(tmp_path, monkeypatch):
         9: "longer than",
         10: "Extra",
         12: "digits",
+        13: "'text' is written twice",
+        14: "not JSON",
     }
     assert reasons.keys() == expected.keys()
     for line, word in expected.items():
@@ -139,6 +143,8 @@ def test_json_arrays_locate_items_and_the_syntax_error(tmp_path):
     assert bad(path).keys() == {2} and "0xff" in bad(path)[2]
     path.write_text('[{"text": "one"}] trailing')
     assert bad(path).keys() == {1}
+    path.write_text('[\n {"text": "one", "text": "two"},\n {"text": "three"}]')
+    assert bad(path).keys() == {2} and "twice" in bad(path)[2]
 
 
 def test_broken_tables(tmp_path):
@@ -150,6 +156,13 @@ def test_broken_tables(tmp_path):
     path.write_text("text,text\na,b\n")
     with pytest.raises(JaxftError, match="column twice"):
         bad(path)
+    path.write_text("prompt;completion\na;b\n")
+    with pytest.raises(JaxftError, match="separated by ';'"):
+        bad(path)
+    cut = tmp_path / "a.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"text": "one"}\n' * 1000)[:-20])
+    with pytest.raises(JaxftError, match="cannot be read"):
+        bad(cut)
     broken = tmp_path / "a.parquet"
     broken.write_bytes(b"PAR1 not really")
     assert "not Parquet" in bad(broken)[1]

@@ -159,6 +159,17 @@ def test_tool_calls_train_and_tool_results_do_not(tokenizers):
     assert "# Tools" in tokenizers["qwen3"].decode(tokens)
 
 
+def test_tools_that_a_template_leaves_out_are_an_error_of_the_row(tokenizers):
+    template = resolve_template(FormatConfig(), tokenizers["llama3"])  # knows nothing of tools
+    question, call = {"role": "user", "content": "1 + 2?"}, {"function": {"name": "add", "arguments": {}}}
+    calling = (question, {"role": "assistant", "content": "", "tool_calls": [call]})
+    with pytest.raises(RowError, match="does not write tool calls .*'add'"):
+        render(template, Conversation(calling))
+    offered = ({"type": "function", "function": {"name": "add", "parameters": {}}},)
+    with pytest.raises(RowError, match="does not write tools .*'add'"):
+        render(template, Conversation((question, {"role": "assistant", "content": "3"}), offered))
+
+
 def test_a_template_that_ignores_the_generation_prompt(make_tokenizer, templates):
     tokenizer = make_tokenizer(
         templates["chatml_without_generation_prompt"], control=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>"
