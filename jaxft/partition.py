@@ -123,6 +123,7 @@ class _Term(NamedTuple):
     segments: tuple[tuple[re.Pattern | None, slice | None], ...]  # pattern None means `**`
     exclude: bool
     text: str
+    role: tuple["_Term", ...] = ()  # the terms of a role, which exclude within the role only
 
 
 def _braces(text: str) -> list[str]:
@@ -152,7 +153,7 @@ def _parse(selector: str, roles: tuple[tuple[str, str], ...]) -> tuple[_Term, ..
             known = dict(roles)
             if text[1:] not in known:
                 raise JaxftError(f'unknown role "{text}" in selector "{selector}": {nearest(text[1:], known)}')
-            terms += [t._replace(exclude=exclude or t.exclude, text=text) for t in _parse(known[text[1:]], roles)]
+            terms.append(_Term((), exclude, text, _parse(known[text[1:]], roles)))
             continue
         if text.count("{") != text.count("}") or text.count("[") != text.count("]"):
             raise JaxftError(f'unbalanced brackets in selector term "{text}"')
@@ -205,14 +206,17 @@ def _in_slice(index: int, where: slice) -> bool:
     )
 
 
-def _layers_of(term: _Term, names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray | bool:
+def _layers_of(term: _Term, names: tuple[str, ...], w: Weight) -> np.ndarray | bool:
     """True, False, or the layers `bool[L]` that a term selects of the weight at a path."""
+    if term.role:
+        return _chosen(term.role, names, w, set())
     for start in range(len(names)):
         ranges = _match_run(term.segments, names[start:])
         if ranges is None:
             continue
         if not ranges:
             return True
+        shape = shape_of(w)
         mask = np.ones(shape[0] if shape else 0, bool)
         for where in ranges:
             chosen = np.zeros_like(mask)
@@ -220,6 +224,21 @@ def _layers_of(term: _Term, names: tuple[str, ...], shape: tuple[int, ...]) -> n
             mask &= chosen
         return mask
     return False
+
+
+def _chosen(terms: tuple[_Term, ...], names: tuple[str, ...], w: Weight, used: set[str]) -> np.ndarray | bool:
+    """What terms, applied in order, select of the weight at a path. The texts of those that meet it go to `used`."""
+    mask: bool | np.ndarray = False
+    for term in terms:
+        hit = _layers_of(term, names, w)
+        if hit is False or (hit is not True and not hit.any()):  # a range beyond the last layer meets nothing
+            continue
+        used.add(term.text)
+        if term.exclude:
+            mask = False if hit is True else (np.ones_like(hit) if mask is True else mask) & ~hit
+        else:
+            mask = True if hit is True or mask is True else (hit if mask is False else mask | hit)
+    return mask
 
 
 def shape_of(w: Weight) -> tuple[int, ...]:
@@ -257,19 +276,9 @@ def select(
         return chosen
     text = selector if isinstance(selector, str) else "|".join(selector)
     terms = _parse(text, tuple(sorted(roles.names.items())))
-    chosen, used = {}, set()
+    chosen, used = {}, set[str]()
     for path, w in weights.items():
-        names = tuple(path.split("."))
-        mask: bool | np.ndarray = False
-        for term in terms:
-            hit = _layers_of(term, names, shape_of(w) if any(r for _, r in term.segments) else ())
-            if hit is False or (hit is not True and not hit.any()):  # a range beyond the last layer meets nothing
-                continue
-            used.add(term.text)
-            if term.exclude:
-                mask = False if hit is True else (np.ones_like(hit) if mask is True else mask) & ~hit
-            else:
-                mask = True if hit is True or mask is True else (hit if mask is False else mask | hit)
+        mask = _chosen(terms, tuple(path.split(".")), w, used)
         if mask is True or (isinstance(mask, np.ndarray) and mask.any()):
             chosen[path] = True if mask is True or mask.all() else mask
     unused = [t.text for t in terms if t.text not in used]

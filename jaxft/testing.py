@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxft.checkpoint import Checkpointer
 from jaxft.distributed import MeshConfig, make_mesh
-from jaxft.methods.base import Method, Signals
+from jaxft.methods.base import Method, Signals, wrap_optimizer
 from jaxft.methods.merge import merge, unmerged_sites
 from jaxft.methods.probe import Loss, Probe
 from jaxft.partition import DECODER_ROLES, Roles, Tuned, combine, is_hole, key_name, mark, split
@@ -83,6 +83,10 @@ class Trial:
         return optax.adam(self.learning_rate)
 
     @functools.cached_property
+    def _wrapped(self) -> optax.GradientTransformation:
+        return wrap_optimizer(self.method, self.optimizer)
+
+    @functools.cached_property
     def probe(self) -> Probe:
         return Probe(self.roles, self.loss, lambda: iter(self.batches), self._calibration_run, self.steps)
 
@@ -133,7 +137,7 @@ class Trial:
                 events.append(Event("step", step, before, now, loss, log.programs - programs))
                 if self.method.update is not None and self.method.due is not None and self.method.due(step, self.steps):
                     before, programs = now, log.programs
-                    signals = Signals(metrics["loss"], gradients, self.probe)
+                    signals = Signals(metrics["loss"], gradients, self.probe, optimizer=self._wrapped)
                     rng = jax.random.fold_in(state.rng, step)
                     places = shardings_of((state, frozen))
                     tuned, opt_state = self.method.update(rng, tuned_of(state, frozen), state.opt_state, signals, step)

@@ -1,5 +1,6 @@
 """Selectors against a slow reference, and masks: cut, combine, count, at all five granularities."""
 
+import dataclasses
 import re
 
 import jax
@@ -151,6 +152,18 @@ def test_selectors_by_hand():
     assert layers.tolist() == [False, True, True, True]
     left = select(ABSTRACT, "layers.mlp.up|!layers[0]")["layers.mlp.up.kernel"]
     assert left.tolist() == [False, True, True, True]
+
+
+def test_what_a_role_excludes_stays_within_the_role():
+    roles = dataclasses.replace(DECODER_ROLES, names={"rest": "layers.attn|!attn.q", "upper": "layers[2:].attn.q"})
+
+    def chosen(selector):
+        return select(ABSTRACT, selector, roles=roles)
+
+    assert list(chosen("@rest")) == ["layers.attn.q_norm.scale", "layers.attn.v.kernel"]
+    assert list(chosen("layers.attn|!@rest")) == ["layers.attn.q.bias", "layers.attn.q.kernel"]
+    assert list(chosen("attn.q.kernel|@rest"))[0] == "layers.attn.q.kernel", "a role adds, whatever it excludes"
+    assert chosen("layers.attn.q.kernel|!@upper")["layers.attn.q.kernel"].tolist() == [True, True, False, False]
 
 
 def test_ranges_of_layers_that_are_not_stacked():

@@ -36,13 +36,15 @@ class Signals(NamedTuple):
     `loss`: the last step's loss. `gradients`: the last step's gradients of the trainable half, if the method `needs`
     them, else None. `probe`: calibration passes over the current model, run only when asked for. `donate`: whether the
     caller gives up the buffers of what it passes in (a training loop that owns them does), so that the update holds
-    one copy in memory instead of two.
+    one copy in memory instead of two. `optimizer`: what made the optimizer state (`wrap_optimizer`), the same object at
+    every update; without it, moments that restart or begin are zero, which is not where every optimizer begins.
     """
 
     loss: Array | float
     gradients: Tree | None
     probe: Probe
     donate: bool = False
+    optimizer: optax.GradientTransformation | None = None
 
 
 class Method(NamedTuple):
@@ -193,20 +195,18 @@ def rewrite(
     return params
 
 
-def map_moments(opt_state: Any, trainable: Tree, fn: Callable[[Tree], Tree]) -> Any:
+def map_moments(opt_state: Any, trainable: Tree, fn: Callable[..., Tree], *others: Any) -> Any:
     """Apply `fn` to every part of an optimizer state that has the structure of `trainable` (moments, averages).
 
-    `fn` gets and returns a tree like `trainable`, with None for leaves that the optimizer keeps no moment of. Counters
-    and scalars stay.
+    `fn` gets and returns a tree like `trainable`, with None for leaves that the optimizer keeps no moment of; with
+    `others` (states of the same optimizer), the same part of each as further arguments. Counters and scalars stay.
 
     Raises:
         JaxftError: a moment has another shape than its parameter (factored moments).
     """
     known = _leaves_by_path(trainable)
 
-    def move(x: Any) -> Any:
-        if not _is_moments(x, known):
-            return x
+    def whole(x: Any) -> Tree:
         moments = _leaves_by_path(x)
         for path, m in moments.items():
             if m.shape != known[path].shape:
@@ -214,26 +214,15 @@ def map_moments(opt_state: Any, trainable: Tree, fn: Callable[[Tree], Tree]) -> 
                     f'the optimizer keeps a moment of shape {m.shape} for "{".".join(path)}" of shape '
                     f"{known[path].shape}: it cannot follow its entries, restart it instead"
                 )
-        whole = jax.tree_util.tree_map_with_path(lambda p, _: moments.get(_names(p)), trainable)
-        moved = _leaves_by_path(fn(whole))
+        return jax.tree_util.tree_map_with_path(lambda p, _: moments.get(_names(p)), trainable)
+
+    def move(x: Any, *rest: Any) -> Any:
+        if not _is_moments(x, known):
+            return x
+        moved = _leaves_by_path(fn(whole(x), *map(whole, rest)))
         return jax.tree_util.tree_map_with_path(lambda p, _: moved[_names(p)], x)
 
-    return jax.tree.map(move, opt_state, is_leaf=lambda x: _is_moments(x, known))
-
-
-def merge_moments(before: Any, after: Any, trainable: Tree, fn: Callable[[Tree, Tree], Tree]) -> Any:
-    """The state `after`, whose parts of the structure of `trainable` become `fn(part before, part after)`."""
-    known = _leaves_by_path(trainable)
-
-    def merge(old: Any, new: Any) -> Any:
-        if not _is_moments(old, known):
-            return new
-        held = [_leaves_by_path(x) for x in (old, new)]
-        whole = [jax.tree_util.tree_map_with_path(lambda p, _, h=h: h.get(_names(p)), trainable) for h in held]
-        merged = _leaves_by_path(fn(*whole))
-        return jax.tree_util.tree_map_with_path(lambda p, _: merged[_names(p)], new)
-
-    return jax.tree.map(merge, before, after, is_leaf=lambda x: _is_moments(x, known))
+    return jax.tree.map(move, opt_state, *others, is_leaf=lambda x: _is_moments(x, known))
 
 
 def _names(path: tuple) -> tuple[str, ...]:
@@ -250,30 +239,39 @@ def _is_moments(x: Any, known: dict) -> bool:
     return bool(found) and found.keys() <= known.keys()
 
 
-def restart_moments(opt_state: Any, trainable: Tree) -> Any:
-    """An optimizer state as if its moments had just been initialised; learning-rate schedules keep counting.
+def restart_moments(opt_state: Any, trainable: Tree, optimizer: optax.GradientTransformation | None = None) -> Any:
+    """An optimizer state as if it had just been initialised; learning-rate schedules keep counting.
 
-    A state that holds moments restarts with its own step count, so that bias correction fits (Adam with old counts and
-    zero moments would take steps several times too long).
+    A state that holds moments restarts with its own scalars, such as its step count, so that bias correction fits (Adam
+    with old counts and zero moments would take steps several times too long).
+
+    Args:
+        opt_state: what restarts.
+        trainable: what it belongs to. An optimizer may keep parameters beside moments (the iterate of schedule-free
+            ones, the start of Prodigy): they become these.
+        optimizer: what made `opt_state`; without it moments become zero and of the scalars only `count` restarts.
     """
     known = _leaves_by_path(trainable)
+    fresh = jax.tree.map(jnp.zeros_like, opt_state) if optimizer is None else optimizer.init(trainable)
 
     def is_moments(x: Any) -> bool:
         return _is_moments(x, known)
 
-    def restart(x: Any) -> Any:
+    def restart(x: Any, new: Any) -> Any:
         if is_moments(x):
-            return jax.tree.map(jnp.zeros_like, x)
+            return new
         if isinstance(x, tuple) and hasattr(x, "_fields"):
-            fields = {name: restart(getattr(x, name)) for name in x._fields}
-            if "count" in fields and any(is_moments(getattr(x, name)) for name in x._fields):
-                fields["count"] = jnp.zeros_like(fields["count"])
+            fields = {name: restart(getattr(x, name), getattr(new, name)) for name in x._fields}
+            if any(is_moments(getattr(x, name)) for name in x._fields):
+                scalars = {name for name in x._fields if hasattr(fields[name], "shape") and fields[name].ndim == 0}
+                again = scalars & {"count"} if optimizer is None else scalars
+                fields |= {name: getattr(new, name) for name in again}
             return type(x)(**fields)
         if isinstance(x, dict):
-            return {k: restart(v) for k, v in x.items()}
-        return type(x)(restart(v) for v in x) if isinstance(x, (list, tuple)) else x
+            return {k: restart(v, new[k]) for k, v in x.items()}
+        return type(x)(map(restart, x, new)) if isinstance(x, (list, tuple)) else x
 
-    return restart(opt_state)
+    return restart(opt_state, fresh)
 
 
 @functools.cache

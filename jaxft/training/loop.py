@@ -49,7 +49,7 @@ from jaxft.distributed import (
 from jaxft.errors import JaxftError, nearest
 from jaxft.evaluation import EvaluationConfig, Results, against_base, make_evaluation
 from jaxft.hub import load_model, load_pretrained, load_tokenizer
-from jaxft.methods import Method, Probe, Signals, build, count_trainable
+from jaxft.methods import Method, Probe, Signals, build, count_trainable, wrap_optimizer
 from jaxft.training.compilation import CompilationLog, enable_compilation_cache
 from jaxft.training.loss import Loss, language_model_loss
 from jaxft.training.metrics import LoggingConfig, Meter, Terminal, make_writers, memory_bytes, read_metrics
@@ -325,6 +325,7 @@ def run_job(
     begun = begin(job, run, checkpointer)
     state, frozen, first = begun.state, begun.frozen, begun.step
     train_step = make_step(job, method, state)
+    wrapped = wrap_optimizer(method, job.optimizer)
     if begun.data is not None:
         stream.set_state(begun.data.encode())
 
@@ -377,7 +378,7 @@ def run_job(
             )
         if method.update is not None and method.due is not None and method.due(step, total):
             meter.pause()
-            state, frozen = update(job, method, state, frozen, step, metrics["loss"], gradients)
+            state, frozen = update(job, method, wrapped, state, frozen, step, metrics["loss"], gradients)
         asked = stop.after(step)
         results = None
         if (config.evaluation.every and step % config.evaluation.every == 0) or step == total:
@@ -533,13 +534,23 @@ def _cast_sums(precision: Precision, params: PyTree) -> dict[str, str]:
 
 
 def update(
-    job: Job, method: Method, state: TrainState, frozen: PyTree, step: int, loss: Any, gradients: PyTree | None
+    job: Job,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: PyTree,
+    step: int,
+    loss: Any,
+    gradients: PyTree | None,
 ) -> tuple[TrainState, PyTree]:
-    """The method's `update` after `step`; everything stays where it was on the mesh, so that nothing recompiles."""
+    """The method's `update` after `step`; everything stays where it was on the mesh, so that nothing recompiles.
+
+    `optimizer` is the one that made the state: the job's, wrapped by the method once for the run.
+    """
     assert method.update is not None  # what is due
     places = shardings_of((state, frozen))
     rng = jax.random.fold_in(jax.random.fold_in(state.rng, _UPDATES), step)
-    signals = Signals(loss=loss, gradients=gradients, probe=job.probe, donate=True)
+    signals = Signals(loss, gradients, job.probe, donate=True, optimizer=optimizer)
     tuned, opt_state = method.update(rng, tuned_of(state, frozen), state.opt_state, signals, step)
     state = state._replace(trainable=tuned.trainable, opt_state=opt_state, method_state=tuned.state)
     return shard_tree((state, tuned.frozen), places)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from jaxft.errors import JaxftError
@@ -198,6 +199,17 @@ def test_restarted_moments_are_those_of_a_fresh_optimizer(optimizer):
         assert counts_on or (new == first).all(), f"{path} is neither fresh nor a counter that keeps counting"
     schedules = [s.count for s in jax.tree.leaves(restarted, is_leaf=is_schedule) if is_schedule(s)]
     assert all(count == 3 for count in schedules), "a learning-rate schedule went back to its start"
+
+
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "prodigy", "rprop", "madgrad", "dog"])
+def test_what_is_no_moment_restarts_where_its_optimizer_begins(name):
+    """The iterate of schedule-free optimizers, the start of Prodigy, the step sizes of Rprop: zero would be wrong."""
+    optimizer = (getattr(optax, name, None) or getattr(optax.contrib, name))(learning_rate=0.1)
+    state, now = optimizer.init(TRAINABLE), jax.tree.map(lambda x: x + 3, TRAINABLE)
+    for _ in range(2):
+        _, state = optimizer.update(jax.tree.map(lambda x: x + 1, TRAINABLE), state, TRAINABLE)
+    restarted = restart_moments(state, now, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, restarted, optimizer.init(now))
 
 
 def test_map_moments_sees_each_moment_whole_and_nothing_else():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxft.methods.base import merge_moments, update_like
+from jaxft.methods.base import map_moments, update_like
 from jaxft.partition import Roles, Trains, Tuned, combine, has_marks, map_weights, mark, select, split, weights_by_path
 from jaxft.weights import Gated, Tree, is_node
 
@@ -52,16 +52,16 @@ def hold_closed(optimizer: optax.GradientTransformation, decay: float = 1.0) -> 
             scale = _layer_scale(u.value, decay) if g.stacked else 1.0
             return u.replace(value=jnp.where(on, u.value * scale, 0).astype(u.value.dtype))
 
-        def hold(old: Tree, new: Tree) -> Tree:
-            def one(g: Any, on: Any, o: Any, n: Any) -> Any:
+        def hold(new: Tree, old: Tree) -> Tree:
+            def one(g: Any, on: Any, n: Any, o: Any) -> Any:
                 if not is_gated(g) or n.value is None:
                     return n
                 return n.replace(value=jnp.where(on, n.value, o.value))
 
-            return jax.tree.map(one, gradients, live, old, new, is_leaf=is_gated)
+            return jax.tree.map(one, gradients, live, new, old, is_leaf=is_gated)
 
         updates = jax.tree.map(still, gradients, live, updates, is_leaf=is_gated)
-        return updates, merge_moments(state, after, gradients, hold)
+        return updates, map_moments(after, gradients, hold, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

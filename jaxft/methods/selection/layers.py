@@ -126,7 +126,7 @@ def layer_selection(
         draw = first_draw(params, signals.probe.roles)
         masks = {p: m for p, m in draw(generator(rng), before).items() if p in weights}
         masks = {p: jnp.asarray(m) for p, m in masks.items()}
-        return redraw(tuned, opt_state, masks, optimizer_state=optimizer_state, donate=signals.donate)
+        return redraw(tuned, opt_state, masks, signals, optimizer_state=optimizer_state)
 
     return Method(init, update=update if due else None, due=due)
 

@@ -4,10 +4,11 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Int
 
 from jaxft.errors import JaxftError
-from jaxft.methods.base import map_moments, restart_moments, update_like
+from jaxft.methods.base import Signals, map_moments, restart_moments, update_like
 from jaxft.partition import Trains, Tuned, combine, map_weights, mark, split, weights_by_path
 from jaxft.weights import (
     BlockSplit,
@@ -34,19 +35,20 @@ def redraw(
     tuned: Tuned,
     opt_state: Any,
     new: dict[str, Array],
+    signals: Signals,
     *,
     values: Values = "fold",
     optimizer_state: OptimizerState = "carry",
-    donate: bool = False,
 ) -> tuple[Tuned, Any]:
     """The same model with other units training.
 
     Args:
         new: by path, the new indices of a `SparseDelta`, `RowSplit` or `BlockSplit` (of the shape of the old, padding
             allowed), or the new mask `bool[L]` of a `Split` (with as many true entries).
+        signals: those of the update; `donate` and `optimizer` are used.
         values: what a unit that stops training keeps: its value (`fold`), or the one before it trained (`rewind`).
             A unit that goes on keeps its value and its precision, one that starts does so from the frozen value.
-        optimizer_state: `carry` moves the moments along with what goes on and starts the others at zero; `reset`
+        optimizer_state: `carry` moves the moments along with what goes on and starts the others afresh; `reset`
             restarts all moments and their step count, as a fresh optimizer would.
 
     Raises:
@@ -59,10 +61,13 @@ def redraw(
             raise JaxftError(
                 f'"{path}": values that stop training cannot be folded into a {type(base).__name__}; use values: rewind'
             )
-    return update_like(_redraw, tuned, opt_state, new, values == "fold", optimizer_state == "carry", donate=donate)
+    how = (values == "fold", optimizer_state == "carry", signals.optimizer)
+    return update_like(_redraw, tuned, opt_state, new, *how, donate=signals.donate)
 
 
-def _redraw(tuned: Tuned, opt_state: Any, new: dict, fold: bool, carry: bool) -> tuple[Tuned, Any]:
+def _redraw(
+    tuned: Tuned, opt_state: Any, new: dict, fold: bool, carry: bool, optimizer: optax.GradientTransformation | None
+) -> tuple[Tuned, Any]:
     old = weights_by_path(combine(tuned))
 
     def move(path: str, w: Any) -> Any:
@@ -75,9 +80,11 @@ def _redraw(tuned: Tuned, opt_state: Any, new: dict, fold: bool, carry: bool) ->
 
     moved = split(map_weights(move, mark(tuned)), tuned.state)
     if not carry:
-        return moved, restart_moments(opt_state, tuned.trainable)
+        return moved, restart_moments(opt_state, moved.trainable, optimizer)
 
-    def follow(moments: Tree) -> Tree:
+    def follow(moments: Tree, fresh: Tree) -> Tree:
+        begin = weights_by_path(fresh)
+
         def one(path: str, m: Any) -> Any:
             if path not in new:
                 return m
@@ -85,20 +92,24 @@ def _redraw(tuned: Tuned, opt_state: Any, new: dict, fold: bool, carry: bool) ->
             moment = getattr(m, field)
             if moment is None:  # this part of the optimizer does not treat this leaf
                 return m
+            fresh = getattr(begin[path], field)
             if isinstance(m, Split):
-                return m.replace(trainable=_follow_layers(moment, old[path], new[path]))
-            return m.replace(**{field: _follow(moment, *_found(old[path], new[path]), unit_axis(old[path]))})
+                return m.replace(trainable=_follow_layers(moment, old[path], new[path], fresh))
+            at, there = _found(old[path], new[path])
+            return m.replace(**{field: _follow(moment, at, there, unit_axis(old[path]), fresh)})
 
         return map_weights(one, moments)
 
-    return moved, map_moments(opt_state, tuned.trainable, follow)
+    # What begins to train begins as under a fresh optimizer: mostly with moments of zero.
+    fresh = jax.tree.map(jnp.zeros_like, opt_state) if optimizer is None else optimizer.init(moved.trainable)
+    return moved, map_moments(opt_state, tuned.trainable, follow, fresh)
 
 
-def _follow_layers(moment: Array, was: Split, now: Bool[Array, " layers"]) -> Array:
+def _follow_layers(moment: Array, was: Split, now: Bool[Array, " layers"], fresh: Array) -> Array:
     k = moment.shape[0]
-    stays = (was.is_trainable & now).reshape(-1, *(1,) * (moment.ndim - 1))
-    whole = jnp.where(stays, jnp.take(moment, jnp.minimum(was.slot, k - 1), axis=0), 0)
-    return jnp.take(whole, jnp.argsort(~now, stable=True)[:k], axis=0).astype(moment.dtype)
+    order = jnp.argsort(~now, stable=True)[:k]
+    stays = was.is_trainable[order].reshape(-1, *(1,) * (moment.ndim - 1))
+    return jnp.where(stays, jnp.take(moment, jnp.minimum(was.slot, k - 1)[order], axis=0), fresh).astype(moment.dtype)
 
 
 def unit_axis(w: UnitNode) -> int:
@@ -134,12 +145,12 @@ def positions_in(old: Int[Array, "*layers k"], new: Int[Array, "*layers m"], n: 
     return order[at], (old[order][at] == new) & (new < n)
 
 
-def _follow(array: Array, at: Array, there: Array, axis: int) -> Array:
-    """The entries of `array` at positions `at` along `axis`, zero where they are not there."""
+def _follow(array: Array, at: Array, there: Array, axis: int, fresh: Array | int = 0) -> Array:
+    """The entries of `array` at positions `at` along `axis`, those of `fresh` where they are not there."""
     trailing = (1,) * (-axis - 1)
     leading = (1,) * (array.ndim - at.ndim - len(trailing))
     shape = at.shape[:-1] + leading + at.shape[-1:] + trailing
-    return jnp.where(there.reshape(shape), jnp.take_along_axis(array, at.reshape(shape), axis=axis), 0)
+    return jnp.where(there.reshape(shape), jnp.take_along_axis(array, at.reshape(shape), axis=axis), fresh)
 
 
 def _reindex(w: UnitNode, new: Array, fold: bool) -> UnitNode:

@@ -59,7 +59,7 @@ def sara(budget: float | int = 0.1, adjustments: int = 1, nuclear: float = 5e-4,
     def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
         nodes = {p: w for p, w in weights_by_path(combine(tuned)).items() if p in tuned.state}
         new = {p: still_small(w, tuned.state[THRESHOLD]) for p, w in nodes.items()}
-        return redraw(tuned, opt_state, new, donate=signals.donate)
+        return redraw(tuned, opt_state, new, signals)
 
     def penalty(tuned: Tuned) -> Array:
         nodes = [

@@ -165,7 +165,7 @@ def selection(
         if granularity == "layer":
             scores = dict.fromkeys(nodes, sum(scores.values()))
         new = {p: draw_again(w, scores[p], size) for p, w in nodes.items()}
-        return redraw(tuned, opt_state, new, values=values, optimizer_state=optimizer_state, donate=signals.donate)
+        return redraw(tuned, opt_state, new, signals, values=values, optimizer_state=optimizer_state)
 
     return Method(init, update=update if due else None, due=due)
 

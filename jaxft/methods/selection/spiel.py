@@ -66,7 +66,7 @@ def spiel(
         gradients = signals.probe.gradients_of(params, nodes, batches)
         share = replaced_share(replaced, step // period, max(signals.probe.total_steps // period, 1))
         new = {p: regrow(w, tuned.state[p], gradients[p], share) for p, w in nodes.items()}
-        tuned, opt_state = redraw(tuned, opt_state, new, values="rewind", donate=signals.donate)
+        tuned, opt_state = redraw(tuned, opt_state, new, signals, values="rewind")
         now = weights_by_path(combine(tuned))
         return tuned._replace(state={p: jnp.array(now[p].values, jnp.float32) for p in new}), opt_state
 
