@@ -28,13 +28,13 @@ from jaxft.config_source import (
     problems_of,
     read_yaml,
 )
-from jaxft.data import DataConfig
+from jaxft.data import DataConfig, RowsConfig, locate, read_template
 from jaxft.distributed import MeshConfig
 from jaxft.errors import JaxftError, nearest
 from jaxft.evaluation import EvaluationConfig
 from jaxft.hub import load_model, resolve
 from jaxft.hub.load import EMBEDDED, PRESET
-from jaxft.methods.registry import get_method
+from jaxft.methods.registry import get_method, methods
 from jaxft.training.loop import TrainingConfig
 from jaxft.training.metrics import LoggingConfig
 
@@ -83,10 +83,17 @@ def _method_options(value: Any) -> MethodOptions:
         raise ValueError("a method is a name, or a mapping `{name: ..., options}`; see `jaxft methods`")
     options = dict(value)
     if not isinstance(options.get("name"), str):
-        raise ValueError("the key `name` is missing; `jaxft methods` lists the names")
+        written = next((key for key in options if key in methods()), None)
+        hint = (
+            f"; write {{name: {written}, ...}} with its options beside the name"
+            if len(options) == 1 and written
+            else ""
+        )
+        raise ValueError(f"the key `name` is missing; `jaxft methods` lists the names{hint}")
     entry = get_method(options.pop("name"))
-    checked = entry.options_model().model_validate(options)
-    return {"name": entry.id, **checked.model_dump()}
+    checked = entry.options_model().model_validate(options).model_dump()
+    entry.factory(**checked)  # what the method itself refuses, such as a negative rank
+    return {"name": entry.id, **checked}
 
 
 class CompareConfig(BaseModel):
@@ -188,7 +195,7 @@ def _absolute_paths(tree: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The tree with every relative `path` that exists, beside the file or in the current directory, made absolute."""
 
     def found(text: str) -> str:
-        if "://" in text or Path(text).expanduser().is_absolute():
+        if not text or "://" in text or Path(text).expanduser().is_absolute():
             return text
         for base in (directory, Path(".")):
             candidate = base / text
@@ -224,9 +231,18 @@ def impossible(config: RunConfig) -> list[tuple[KeyPath, str]]:
             f"data.batch_size = {data.batch_size} rows cannot be cut into {training.accumulation} equal micro-batches; "
             f"possible: {_divisors(data.batch_size)}",
         ))  # fmt: skip
+    warmup = training.learning_rate.options().get("warmup", 0)
+    if training.steps is not None and warmup > training.steps:
+        found.append((
+            ("training", "learning_rate"),
+            f"a warm-up of {warmup} steps is longer than the run of {training.steps}: its peak is never reached",
+        ))  # fmt: skip
+    for name in config.compare.overrides:
+        if name not in methods():
+            found.append((("compare", "overrides", name), f'unknown method "{name}": {nearest(name, methods())}'))
     mesh = config.mesh
     rows = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
-    if data.batch_size % (rows * training.accumulation):
+    if data.batch_size % (rows * training.accumulation) and not data.batch_size % training.accumulation:
         found.append((
             ("data", "batch_size"),
             f"{data.batch_size} rows cannot be divided over {rows} devices (mesh.data * fsdp * expert) in "
@@ -254,6 +270,33 @@ def impossible(config: RunConfig) -> list[tuple[KeyPath, str]]:
             found.append((("checkpoint", "metric"), f'"{metric}" is not measured; {nearest(metric, fields)}'))
     found += _beyond_the_model(config)
     return found
+
+
+def check_files(config: RunConfig) -> None:
+    """Raises ConfigError for every data file, chat template or baseline that is not there, before anything is read.
+
+    Apart from `load_config`, because a run can be evaluated and exported where its training data is not.
+    """
+    rows: list[tuple[KeyPath, RowsConfig]] = [(("data", "sources", i), s) for i, s in enumerate(config.data.sources)]
+    rows += [(("evaluation", "sets", name), one) for name, one in config.evaluation.sets.items()]
+    problems = []
+    for key, source in rows:
+        try:
+            locate(source)
+        except JaxftError as error:
+            problems.append(Problem("", ".".join(map(str, (*key, "path"))), str(error)))
+    templates = {"data.chat_template": config.data.chat_template}
+    templates |= {f"evaluation.sets.{n}.chat_template": one.chat_template for n, one in config.evaluation.sets.items()}
+    for name, template in templates.items():
+        try:
+            read_template(template)
+        except JaxftError as error:
+            problems.append(Problem("", name, str(error)))
+    baseline = config.evaluation.baseline
+    if baseline is not None and not Path(baseline).is_file():
+        problems.append(Problem("", "evaluation.baseline", f"{baseline}: no such file"))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _fields_of(task: str) -> tuple[str, ...]:

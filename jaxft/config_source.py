@@ -141,6 +141,8 @@ def parse_yaml(text: str, name: str) -> Source:
         line = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error)
         raise ConfigError([Problem(f"{name}{line}", "", f"not valid YAML: {what}")]) from None
+    except RecursionError:
+        raise ConfigError([Problem(name, "", "nested too deep, or an alias that holds itself")]) from None
     finally:
         loader.dispose()
 
@@ -330,6 +332,8 @@ def _message(item: Any, path: KeyPath, schema: type[BaseModel], models: Mapping[
         return f"expected a mapping of the keys {', '.join(sorted(keys_at(schema, path, models)))}, got {_shown(value)}"
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}, got {_shown(value)}"
+    if kind in ("too_short", "string_too_short"):
+        return f"must not be empty, got {_shown(value)}"
     if kind in _BOUNDS:
         word, name = _BOUNDS[kind]
         return f"must be {word} {context[name]}, got {_shown(value)}"

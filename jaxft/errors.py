@@ -15,7 +15,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     'did you mean "rank"? Valid: alpha, rank'
     """
     choices = sorted(choices)
-    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
-    hint = f'did you mean "{close[0]}"? ' if close else ""
+    folded = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
+    hint = f'did you mean "{folded[close[0]]}"? ' if close else ""
     shown = choices if len(choices) <= 40 else [*choices[:40], f"... ({len(choices)} in all)"]
     return f"{hint}Valid: {', '.join(shown)}"

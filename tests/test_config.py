@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 import jaxft
-from jaxft.config import RunConfig, load_config, parse_config
+from jaxft.config import RunConfig, check_files, load_config, parse_config
 from jaxft.config_docs import HEADER, document, methods_document
 from jaxft.config_source import ConfigError, override, parse_value, parse_yaml
 from jaxft.methods import methods
@@ -80,7 +80,7 @@ def test_a_typo_at_any_depth_is_found_with_its_line_and_the_nearest_name(old, ne
         ("data.seq_len=1", "data.seq_len", ["at least 2", "1"]),
         ("data.packing=perhaps", "data.packing", ["true or false", "'perhaps'"]),
         ("data.sources={}", "data.sources", ["expected a list", "a mapping"]),
-        ("data.sources=[]", "data.sources", ["at least 1 item"]),
+        ("data.sources=[]", "data.sources", ["must not be empty"]),
         ("data.sources.0.path=[a]", "data.sources.0.path", ["expected text"]),
         ("model=nano", "model", ["mapping of the keys", "path"]),
         ("seed=-1", "seed", ["at least 0", "-1"]),
@@ -89,8 +89,17 @@ def test_a_typo_at_any_depth_is_found_with_its_line_and_the_nearest_name(old, ne
         ("mesh.fsdp=0", "mesh", ["mesh.fsdp", "0"]),
         ("method.rank=high", "method.rank", ["expected an integer", "'high'"]),
         ("method=3", "method", ["a method is a name"]),
-        ("method=[]", "method", ["at least 1 item"]),
-        ("output=''", "output", ["at least 1 character"]),
+        ("method=[]", "method", ["must not be empty"]),
+        ("method=LoRA", "method", ['did you mean "lora"']),
+        ("method={lora: {rank: 4}}", "method", ["write {name: lora"]),
+        ("method={name: lora, rank: -1}", "method", ["rank=-1", "at least 1"]),
+        ("output=''", "output", ["must not be empty"]),
+        ("model.path=''", "model.path", ["must not be empty"]),
+        ("training.learning_rate='1e-3'", "training.learning_rate", ["a number", "'1e-3' (text)", "cosine"]),
+        ("training.learning_rate=.nan", "training.learning_rate", ["finite"]),
+        ("training.optimizer=adamv", "training.optimizer", ["adamw"]),
+        ("training.optimizer={name: adamw, b1: 2}", "training.optimizer", ["b1", "below 1"]),
+        ("training.optimizer={name: adamw, weight_decay: -1}", "training.optimizer", ["weight_decay", "at least 0"]),
     ],
 )
 def test_a_wrong_type_or_value_is_named_with_what_is_expected(assignment, key, words):
@@ -116,6 +125,8 @@ def test_a_wrong_type_or_value_is_named_with_what_is_expected(assignment, key, w
         (["checkpoint.metric=held_out.accuracy"], "checkpoint.metric", ["held_out"]),
         (["mesh.data=-1", "mesh.tensor=-1"], "mesh", ["only one axis"]),
         (["model.path=./nowhere"], "model.path", ["nowhere"]),
+        (["training.learning_rate={name: cosine, peak: 1, warmup: 11}"], "training.learning_rate", ["11", "10"]),
+        (["compare.overrides={lroa: {seed: 1}}"], "compare.overrides.lroa", ["lora"]),
         (["evaluation.sets={a.b: {path: x.txt}}"], "evaluation.sets.a.b", ["no dot"]),
     ],
 )
@@ -124,6 +135,18 @@ def test_impossible_combinations_are_refused_before_anything_runs(overrides, key
     assert found, errors(RUN, *overrides)
     for word in words:
         assert word in found[0], found[0]
+
+
+def test_files_that_are_not_there_are_all_named_before_anything_is_read(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n')
+    overrides = ["data.chat_template=none.jinja", "evaluation.baseline=none.json"]
+    config = parse_config(RUN, overrides, directory=tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_files(config)
+    found = {problem.key: problem.message for problem in caught.value.problems}
+    assert found.keys() == {"evaluation.sets.held_out.path", "data.chat_template", "evaluation.baseline"}
+    (tmp_path / "held_out.jsonl").write_text('{"text": "x"}\n')
+    check_files(parse_config(RUN, ["training.optimizer=sgd"], directory=tmp_path))
 
 
 def test_all_errors_are_reported_at_once():
@@ -146,6 +169,8 @@ def test_a_missing_section_says_what_it_is_for():
         ("a:\n  b: 1\n  c: 2\n  b: 3\n", ["run.yaml:4", "a.b", "written twice", "line 2"]),
         ("- 1\n- 2\n", ["must be a mapping", "list"]),
         ("a:\n\tb: 1\n", ["run.yaml:2", "not valid YAML"]),
+        ("a: &x [*x]\n", ["run.yaml", "holds itself"]),
+        ("a: " + 3000 * "[" + 3000 * "]", ["run.yaml", "nested too deep"]),
     ],
 )
 def test_text_that_is_not_a_mapping_of_distinct_keys_is_refused_with_its_line(text, words):

@@ -51,9 +51,10 @@ def train(
 
         smoke_test(config, overrides or [])
         return
-    from jaxft.config import load_config
+    from jaxft.config import check_files, load_config
 
     loaded = load_config(config, overrides or [])
+    check_files(loaded)
     if check:
         import yaml
 

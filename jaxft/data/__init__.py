@@ -9,6 +9,8 @@ from jaxft.data.config import DataConfig, EvaluationSetConfig, FormatConfig, Row
 from jaxft.data.evaluation import EvaluationBatches, evaluation_batches
 from jaxft.data.pipeline import TrainBatches, inspect, train_batches
 from jaxft.data.report import DataReport, SourceReport
+from jaxft.data.sources import locate
+from jaxft.data.templates import read_template
 
 __all__ = [
     "DataConfig",
@@ -22,5 +24,7 @@ __all__ = [
     "TrainBatches",
     "evaluation_batches",
     "inspect",
+    "locate",
+    "read_template",
     "train_batches",
 ]

@@ -369,6 +369,15 @@ def _builtin(source: RowsConfig) -> Iterator[Row]:
 # ---- public ----------------------------------------------------------------------------------------------------------
 
 
+def locate(source: RowsConfig) -> list[str] | None:
+    """The files of a source in sorted order, None where it is not files (a Hugging Face dataset, a built-in source).
+
+    Raises:
+        JaxftError: no file is there; the message names what is.
+    """
+    return None if source.path.startswith("builtin:") else _files(source)
+
+
 def _all_rows(source: RowsConfig) -> Iterator[Row | BadRow]:
     if source.path.startswith("builtin:"):
         return _builtin(source)

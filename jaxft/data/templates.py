@@ -58,6 +58,22 @@ class Template:
         return str(self.tokenizer.eos_token) if self.add_eos else ""
 
 
+def read_template(given: str | None) -> str | None:
+    """The Jinja text that `chat_template` names: a file's, or itself; None for the tokenizer's own and for `plain`.
+
+    Raises:
+        JaxftError: it is neither a template nor a file that can be read.
+    """
+    if given is None or given == "plain" or "{" in given:
+        return None if given == "plain" else given
+    try:
+        with open(given, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is no file here" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise JaxftError(f"chat_template={given!r} {reason}; expected a path, a Jinja template or plain") from None
+
+
 def resolve_template(config: FormatConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template that `config` names, checked before any row is read.
 
@@ -70,16 +86,7 @@ def resolve_template(config: FormatConfig, tokenizer: PreTrainedTokenizerBase) -
         )
     if config.add_eos and tokenizer.eos_token is None:
         raise JaxftError("data.add_eos is true but the tokenizer has no eos token; set data.add_eos: false")
-    chat_template, plain_messages = config.chat_template, config.chat_template == "plain"
-    if plain_messages:
-        chat_template = None
-    elif chat_template is not None and "{" not in chat_template:
-        if not os.path.isfile(chat_template):
-            raise JaxftError(
-                f"data.chat_template={chat_template!r} is no file here; expected a path, a Jinja template or plain"
-            )
-        with open(chat_template, encoding="utf-8") as file:
-            chat_template = file.read()
+    chat_template, plain_messages = read_template(config.chat_template), config.chat_template == "plain"
     plain = chat_template is None and (plain_messages or not tokenizer.chat_template)
     added = tokenizer.added_tokens_decoder.values()
     template = Template(

@@ -1,6 +1,7 @@
 """Optimizers and schedules by their optax name, with their options checked before anything runs."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,11 @@ _UNFIT = ("lbfgs", "sophia", "dpsgd", "optimistic_gradient_descent", "schedule_f
 # Set by this module, so not options of a config.
 _SET_HERE = ("learning_rate", "mask", "weight_decay_mask", "muon_weight_dimension_numbers", "adam_learning_rate")
 _MASKS = ("mask", "weight_decay_mask")
+# What an option must lie in wherever it has this name: the upper bound is excluded.
+_RANGES = {
+    **dict.fromkeys(("b1", "b2", "b3", "decay", "momentum"), (0.0, 1.0)),
+    **dict.fromkeys(("eps", "eps_root", "weight_decay", "weight_decay_rate"), (0.0, math.inf)),
+}
 _MOMENT_DTYPES = ("mu_dtype", "accumulator_dtype", "dtype_momentum", "state_dtype")
 
 
@@ -80,6 +86,12 @@ def _check_options(kind: str, name: str, function: Callable, options: dict[str, 
             and (isinstance(value, bool) or not isinstance(value, int | float | None))
         ):
             raise ValueError(f'option "{option}" of {kind} "{name}" is {value!r}: expected a number')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'option "{option}" of {kind} "{name}" is {value}: expected a finite number')
+        low, high = _RANGES.get(option, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value < high:
+            bounds = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+            raise ValueError(f'option "{option}" of {kind} "{name}" is {value!r}: expected a number {bounds}')
     missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in options]
     if missing:
         raise ValueError(f'{kind} "{name}" needs the option "{missing[0]}"')
@@ -133,6 +145,9 @@ class ScheduleConfig(BaseModel):
     def _number(cls, value: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return {"name": "constant", "peak": value}
+        if not isinstance(value, dict | ScheduleConfig):
+            shown = f"{value!r} (text)" if isinstance(value, str) else "null" if value is None else repr(value)
+            raise ValueError(f"expected a number, or a schedule such as {{name: cosine, peak: 1e-3}}, got {shown}")
         return value
 
     @model_validator(mode="after")
@@ -183,6 +198,11 @@ class OptimizerConfig(BaseModel):
     moment_dtype: str | None = Field(
         None, description="Dtype of the (first) moment; null: that of the trained parameters, float32 by default."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
