@@ -18,7 +18,7 @@ from jaxft.distributed import MeshConfig, make_mesh, shard_batch
 def main(output: str, steps: int = 20) -> list[float]:
     model, params = jaxft.load_pretrained("nano")
     tokenizer = jaxft.load_tokenizer("nano")
-    data = DataConfig(sources=[{"path": "builtin:python-docs", "limit": 200}], seq_len=128, batch_size=4)
+    data = DataConfig(sources=[{"path": "builtin:api-docs-text", "limit": 200}], seq_len=128, batch_size=8)
     mesh = make_mesh(MeshConfig())
 
     method = jaxft.chain(jaxft.lora(rank=8, on="layers.attn"), jaxft.hft())
