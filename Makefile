@@ -52,6 +52,14 @@ $(VENV)/.run: requirements/run.txt pyproject.toml | $(VENV)/.created
 $(VENV)/.test: requirements/test.txt pyproject.toml | $(VENV)/.created
 	$(call install,requirements/test.txt,jaxft and its test dependencies (2.4 GB on disk with torch; about two minutes))
 
+# In a folder of its own, where only compilation ahead of time looks: beside jax, jax would try to start a TPU with it.
+$(VENV)/.tpu: requirements/tpu.txt | $(VENV)/.created
+	@echo "Installing the TPU compiler, pinned in $<, into $(VENV)/tpu (0.7 GB on disk) ..."
+	@rm -rf $(VENV)/tpu
+	@$(pip) install --no-deps --target $(VENV)/tpu --requirement $< || \
+	  echo "There is none for this platform: the tests that compile for TPUs will be skipped."
+	@touch $@
+
 # ---- what it is for -------------------------------------------------------------------------------------------------
 
 quickstart: $(VENV)/.run
@@ -67,7 +75,7 @@ quickstart: $(VENV)/.run
 	@echo "  $(VENV)/bin/jaxft methods                            # every method, with its paper and options"
 	@echo "  $(VENV)/bin/jaxft train --help                       # your own data: copy configs/quickstart.yaml"
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.tpu
 	@$(python) -m pytest -n $(WORKERS) -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
@@ -110,7 +118,9 @@ lock:
 	@{ echo "# Written by 'make lock' from pyproject.toml: what a run needs."; cat build.run.txt; } > requirements/run.txt
 	@{ echo "# Written by 'make lock' from pyproject.toml: what a run and the tests need."; \
 	  grep -vE '^(nvidia-|cuda-|triton==)' build.test.txt; } > requirements/test.txt
-	@rm build.run.txt build.test.txt
+	@$(UV) --extra tpu --constraint build.run.txt > build.tpu.txt
+	@{ grep '^#' requirements/tpu.txt; grep '^libtpu==' build.tpu.txt; } > build.new.txt && mv build.new.txt requirements/tpu.txt
+	@rm build.run.txt build.test.txt build.tpu.txt
 	@echo "requirements/run.txt: $$(grep -c == requirements/run.txt) pins, requirements/test.txt: $$(grep -c == requirements/test.txt)"
 
 clean:

@@ -1,6 +1,6 @@
 """TPU topologies by name, without a TPU: devices to compile for, and what a chip of each generation can do.
 
-Compilation ahead of time needs the TPU compiler only, which is the `libtpu` wheel (`pip install "jaxft[tpu]"`).
+Compilation ahead of time needs the TPU compiler only, which is the `libtpu` wheel. See `compiler` for where it may be.
 """
 
 import dataclasses
@@ -8,6 +8,10 @@ import importlib.util
 import math
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -125,9 +129,50 @@ def parse_topology(name: str) -> Topology:
     return Topology(generation, dimensions, slices)
 
 
-def available() -> bool:
-    """Whether the TPU compiler is installed."""
-    return importlib.util.find_spec("libtpu") is not None
+COMPILER_VARIABLES = ("JAXFT_LIBTPU", "TPU_LIBRARY_PATH")
+MISSING = 'the TPU compiler is not installed: pip install "jaxft[tpu]", or set JAXFT_LIBTPU to a libtpu.so'
+
+
+def compiler() -> Path | None:
+    """The file of the TPU compiler, `libtpu.so`, or None where there is none. Looked for in this order:
+
+    1. the file named by `JAXFT_LIBTPU`, or by `TPU_LIBRARY_PATH`, which jax itself reads;
+    2. the package `libtpu` of the environment (`pip install "jaxft[tpu]"`): right on a TPU, but where there is none
+       jax tries to start one whenever it starts, unless `JAX_PLATFORMS` names others;
+    3. a folder `tpu` of the environment, which only compilation ahead of time looks into (`make test` fills it:
+       `pip install --target .venv/tpu -r requirements/tpu.txt`).
+
+    Raises:
+        TopologyError: a variable names a file that does not exist.
+    """
+    for variable in COMPILER_VARIABLES:
+        if named := os.environ.get(variable):
+            if not Path(named).is_file():
+                raise TopologyError(f"{variable}={named} is no file: expected the path of a libtpu.so")
+            return Path(named)
+    found = importlib.util.find_spec("libtpu")
+    folders = [*(found.submodule_search_locations or () if found else ()), f"{sys.prefix}/tpu/libtpu"]
+    return next((file for folder in folders if (file := Path(folder) / "libtpu.so").is_file()), None)
+
+
+@contextmanager
+def _loading(library: Path) -> Iterator[None]:
+    """jax loads the TPU compiler from `library` meanwhile, and at no other time."""
+    # The compiler asks a cloud machine's metadata server what it runs on, for minutes where there is none, and
+    # refuses to be loaded by two processes of one machine. Neither concerns compilation.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.devices()  # what is here starts first: once the compiler is loaded, jax would try to start a TPU with it
+    before = os.environ.get("TPU_LIBRARY_PATH")
+    os.environ["TPU_LIBRARY_PATH"] = str(library)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TPU_LIBRARY_PATH"]
+        else:
+            os.environ["TPU_LIBRARY_PATH"] = before
 
 
 def topology_devices(topology: Topology) -> list[jax.Device]:
@@ -136,22 +181,19 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     Raises:
         TopologyError: the TPU compiler is not installed, or does not know the topology.
     """
-    if not available():
-        raise TopologyError('the TPU compiler is not installed: pip install "jaxft[tpu]"')
-    # The compiler asks a cloud machine's metadata server what it runs on, for minutes where there is none, and
-    # refuses to be loaded by two processes of one machine. Neither concerns compilation.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    library = compiler()
+    if library is None:
+        raise TopologyError(MISSING)
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if math.prod(topology.shape) < 4:  # a single chip of a host of four
         options["chips_per_host_bounds"] = (*topology.shape, *(1,) * (3 - len(topology.shape)))
     try:
-        description = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{topology.generation}:{topology.layout}", **options
-        )
+        with _loading(library):
+            description = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{topology.generation}:{topology.layout}", **options
+            )
     except (RuntimeError, ValueError) as error:
         raise TopologyError(f"the TPU compiler refuses {topology}: {str(error).splitlines()[0]}") from error
     return list(description.devices)

@@ -1,6 +1,8 @@
 """Planning: topologies by name, the FLOPs a method needs, and train steps compiled for TPUs that are not here."""
 
+import importlib.util
 import json
+import sys
 
 import jax
 import optax
@@ -27,9 +29,7 @@ from jaxft.methods.registry import methods
 from jaxft.partition import combine
 from jaxft.training.state import abstract_state, init_state, tuned_of
 
-needs_compiler = pytest.mark.skipif(
-    not topology.available(), reason='the TPU compiler is not installed (pip install "jaxft[tpu]")'
-)
+needs_compiler = pytest.mark.skipif(topology.compiler() is None, reason=topology.MISSING)
 VOCAB, DIM, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, ROWS, SEQ = 512, 256, 512, 4, 4, 2, 64, 4, 128
 
 
@@ -104,9 +104,18 @@ def test_an_unknown_topology_is_refused_with_the_nearest(name, message):
         parse_topology(name)
 
 
-def test_a_missing_compiler_is_one_sentence_that_says_what_to_install(monkeypatch, directory):
-    monkeypatch.setattr(topology, "available", lambda: False)
-    with pytest.raises(TopologyError, match=r'^the TPU compiler is not installed: pip install "jaxft\[tpu\]"$'):
+def test_a_missing_compiler_is_one_sentence_that_says_what_to_install(monkeypatch, directory, tmp_path):
+    for variable in topology.COMPILER_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(TopologyError, match=r'^the TPU compiler is not installed: pip install "jaxft\[tpu\]", or'):
+        plan(config(directory), "v5e:2x2")
+    (tmp_path / "tpu" / "libtpu").mkdir(parents=True)
+    (tmp_path / "tpu" / "libtpu" / "libtpu.so").touch()
+    assert topology.compiler() == tmp_path / "tpu" / "libtpu" / "libtpu.so"
+    monkeypatch.setenv("JAXFT_LIBTPU", str(tmp_path / "absent.so"))
+    with pytest.raises(TopologyError, match="JAXFT_LIBTPU=.*absent.so is no file"):
         plan(config(directory), "v5e:2x2")
 
 
