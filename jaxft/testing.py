@@ -88,7 +88,8 @@ class Trial:
 
     @functools.cached_property
     def probe(self) -> Probe:
-        return Probe(self.roles, self.loss, lambda: iter(self.batches), self._calibration_run, self.steps)
+        sets = {"other": lambda: iter(self.batches[::-1])}
+        return Probe(self.roles, self.loss, lambda: iter(self.batches), self._calibration_run, self.steps, sets)
 
     def _calibration_run(self, params: Tree, method: Method, steps: int) -> Tree:
         trial = dataclasses.replace(self, method=method, params=params, steps=steps)

@@ -11,6 +11,7 @@ from jaxft.methods.selection.apet import apet
 from jaxft.methods.selection.badam import badam
 from jaxft.methods.selection.bitfit import bitfit
 from jaxft.methods.selection.cofitune import cofitune
+from jaxft.methods.selection.freezeasguard import freezeasguard
 from jaxft.methods.selection.full import full
 from jaxft.methods.selection.gmt import gmt
 from jaxft.methods.selection.grafting import grafting
@@ -25,6 +26,7 @@ from jaxft.methods.selection.lt_sft import lt_sft
 from jaxft.methods.selection.paca import paca
 from jaxft.methods.selection.pivotal import pivotal_parameters_tuning
 from jaxft.methods.selection.progressive_freezing import progressive_freezing
+from jaxft.methods.selection.r_amt import r_amt
 from jaxft.methods.selection.s2ft import s2ft
 from jaxft.methods.selection.sara import sara
 from jaxft.methods.selection.select import select
@@ -47,6 +49,7 @@ __all__ = [
     "chain",
     "cofitune",
     "count_trainable",
+    "freezeasguard",
     "full",
     "get_method",
     "gmt",
@@ -66,6 +69,7 @@ __all__ = [
     "pivotal_parameters_tuning",
     "progressive_freezing",
     "prompt_tuning",
+    "r_amt",
     "register",
     "s2ft",
     "sara",

@@ -56,7 +56,8 @@ class Method(NamedTuple):
         Runs between steps; shapes and structure stay, so nothing recompiles.
     due: `(step, total_steps) -> bool`: whether `update` runs after step `step` (counted from 1).
     penalty: `tuned -> scalar`, added to the loss.
-    gradients: an `optax.GradientTransformation` put before the optimizer, or a function from optimizer to optimizer.
+    gradients: an `optax.GradientTransformation` put before the optimizer, or a function from optimizer to optimizer. Its
+        update is offered `value` (the loss), `frozen` (the frozen half) and `rng` (new at each step) as extra arguments.
     batch: `(rng, batch) -> batch`, inside the train step.
     needs: what `update` needs collected: `"gradients"`.
     """

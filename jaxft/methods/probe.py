@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxft.errors import JaxftError
+from jaxft.errors import JaxftError, nearest
 from jaxft.partition import DECODER_ROLES, Roles, Selector, map_weights, select, shape_of, weights_by_path
 from jaxft.weights import Observed, Tree, materialize
 
@@ -67,6 +67,7 @@ class Probe:
         batches: calibration batches, each call a fresh iterator over the same ones.
         trainer: `(params, method, steps) -> params`: a training run on the job's own data, materialised.
         total_steps: length of the training run.
+        sets: batches of the evaluation sets by name, each call a fresh iterator.
 
     A probe without `loss_fn` answers nothing but `roles`: enough for methods that look at weights alone.
     """
@@ -76,6 +77,14 @@ class Probe:
     batches: Callable[[], Iterable[dict]] | None = None
     trainer: Callable[[Tree, Any, int], Tree] | None = None
     total_steps: int = 0
+    sets: Mapping[str, Callable[[], Iterable[dict]]] = dataclasses.field(default_factory=dict)
+
+    def on(self, name: str) -> "Probe":
+        """The same probe over the batches of one of the `sets`. Raises JaxftError if there is none of that name."""
+        if name not in self.sets:
+            known = nearest(name, self.sets) if self.sets else "there is none; name one in evaluation.sets"
+            raise JaxftError(f'this method looks at the evaluation set "{name}": {known}')
+        return dataclasses.replace(self, batches=self.sets[name])
 
     def _batches(self, n: int) -> Iterator[dict]:
         if self.loss_fn is None or self.batches is None:

@@ -7,6 +7,7 @@ metrics.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ from jaxft.checkpoint import (
     rebuildable,
     stored_bytes,
 )
-from jaxft.data import DataConfig, TrainBatches, train_batches
+from jaxft.data import DataConfig, TrainBatches, evaluation_batches, train_batches
 from jaxft.distributed import (
     MeshConfig,
     ShardingReport,
@@ -232,6 +233,20 @@ def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job
         z_loss=training.z_loss,
         row_shards=row_shards(mesh),
     )
+
+    def set_batches(name: str) -> Iterator[Mapping[str, Any]]:
+        found = evaluation_batches(
+            config.evaluation.sets[name],
+            tokenizer,
+            seq_len=config.data.seq_len,
+            batch_size=config.data.batch_size,
+            data=config.data,
+            process_index=index,
+            process_count=count,
+        )
+        choices = ("question", "choice", "correct")
+        return (shard_batch({k: x for k, x in batch.items() if k not in choices}, mesh) for batch in found)
+
     schedule = make_schedule(training.learning_rate, steps)
     job = Job(
         config=config,
@@ -258,6 +273,7 @@ def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job
             batches=lambda: (shard_batch(batch, mesh) for batch in batches()),
             trainer=lambda params, method, steps: short_run(job, batches(), params, method, steps),
             total_steps=steps,
+            sets={name: functools.partial(set_batches, name) for name in config.evaluation.sets},
         ),
     )
 

@@ -16,6 +16,7 @@ from jaxft.training.state import TrainState, tuned_of
 
 Tree = Any
 Metrics = dict[str, Any]
+_GRADIENTS = 2**31 - 1  # the stream of random numbers of `Method.gradients`; micro-batches have those of their numbers
 Schedule = Callable[[Array], Array]
 
 
@@ -142,7 +143,8 @@ def make_train_step(
             if clip_norm is not None:
                 scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
                 gradients = jax.tree.map(lambda g: g * scale, gradients)
-            updates, moments = optimizer.update(gradients, opt_state, trainable, value=objective)
+            extra = {"value": objective, "frozen": frozen, "rng": jax.random.fold_in(loss_rng, _GRADIENTS)}
+            updates, moments = optimizer.update(gradients, opt_state, trainable, **extra)
             new = optax.apply_updates(trainable, updates), moments
             # Dtypes stay: float32 gradients would make bfloat16 moments float32, and the second step recompile.
             return jax.tree.map(

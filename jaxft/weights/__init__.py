@@ -46,6 +46,7 @@ from jaxft.weights.sites import (
 )
 from jaxft.weights.sparse import BlockSplit, SparseDelta, gather_blocks, gather_flat
 from jaxft.weights.split import Split, let_through, resplit, split_layers
+from jaxft.weights.thresholded import Thresholded
 
 __all__ = [
     "ACTIVATIONS",
@@ -65,6 +66,7 @@ __all__ = [
     "SoftPrompt",
     "SparseDelta",
     "Split",
+    "Thresholded",
     "Tree",
     "Weight",
     "add_site",

@@ -24,6 +24,7 @@ from jaxft.weights import (
     SiteModule,
     SparseDelta,
     Split,
+    Thresholded,
     embed,
     gather_blocks,
     gather_flat,
@@ -111,6 +112,10 @@ CASES = {
     "Damped": lambda: Damped(Trains(matrices()), jax.random.uniform(jax.random.key(9), (L, D, 1))),
     "Damped-over-Split": lambda: Damped(layers_split(), jax.random.uniform(jax.random.key(9), (L, 1, D))),
     "Grafted": lambda: Grafted(matrices(), matrices(1), normal(2, L, D, D) > 0, Trains(normal(3, L, D, D))),
+    "Thresholded": lambda: Thresholded(matrices(), Trains(normal(3, L, D, D)), None, 0.1),
+    "Thresholded-over-LowRank": lambda: Thresholded(
+        low_rank().replace(a=normal(10, L, D, 4), b=normal(11, L, 4, D)), Trains(normal(3, L, D, D))
+    ),
     "SparseDelta": sparse,
     "BlockSplit": blocks,
     "Anchored": lambda: Anchored(Trains(matrices()), matrices(1)),
