@@ -30,6 +30,14 @@ from jaxft.weights.core import (
 from jaxft.weights.gated import Damped, Gated, gated_matmul
 from jaxft.weights.grafted import Grafted, graft_share, rounded
 from jaxft.weights.low_rank import LowRank
+from jaxft.weights.ragged import (
+    by_materializing_ragged,
+    group_of_row,
+    ragged_linear,
+    ragged_linear_rule,
+    ragged_matmul,
+    ragged_outer,
+)
 from jaxft.weights.rows import RowSplit, gather_rows
 from jaxft.weights.sites import (
     ACTIVATIONS,
@@ -72,6 +80,7 @@ __all__ = [
     "add_site",
     "at_layer_rule",
     "by_materializing_linear",
+    "by_materializing_ragged",
     "embed",
     "embed_rule",
     "gated_matmul",
@@ -79,6 +88,7 @@ __all__ = [
     "gather_flat",
     "gather_rows",
     "graft_share",
+    "group_of_row",
     "is_indexed",
     "is_node",
     "layer_slice",
@@ -92,6 +102,10 @@ __all__ = [
     "pad_spec",
     "prompt_embeddings",
     "prompt_rule",
+    "ragged_linear",
+    "ragged_linear_rule",
+    "ragged_matmul",
+    "ragged_outer",
     "resplit",
     "rounded",
     "scan_layers",

@@ -21,6 +21,7 @@ from jaxft.weights.core import (
     unembed,
     unembed_rule,
 )
+from jaxft.weights.ragged import Axes, group_of_row, ragged_linear, ragged_linear_rule
 
 
 @node
@@ -56,6 +57,11 @@ def _(w: Anchored) -> Array:
 @linear_rule.register
 def _(w: Anchored, x: Array) -> Array:
     return linear(x, w.value)
+
+
+@ragged_linear_rule.register
+def _(w: Anchored, x: Array, sizes: Array, axes: Axes) -> Array:
+    return ragged_linear(x, w.value, sizes, axes)
 
 
 @embed_rule.register
@@ -97,6 +103,28 @@ def _(w: Observed) -> Array:
 @linear_rule.register
 def _(w: Observed, x: Array) -> Array:
     return linear(_observe(x, w.energy), w.base)
+
+
+@jax.custom_vjp
+def _observe_groups(x: Array, energy: Array, sizes: Array) -> Array:
+    return x
+
+
+def _observe_groups_forward(x: Array, energy: Array, sizes: Array) -> tuple[Array, Array]:
+    squares = jnp.square(x.astype(energy.dtype))
+    return x, jnp.zeros_like(energy).at[group_of_row(sizes, x.shape[1])].add(squares, mode="drop")
+
+
+def _observe_groups_backward(squares: Array, g: Array) -> tuple[Array | None, ...]:
+    return g, squares, None
+
+
+_observe_groups.defvjp(_observe_groups_forward, _observe_groups_backward)
+
+
+@ragged_linear_rule.register
+def _(w: Observed, x: Array, sizes: Array, axes: Axes) -> Array:
+    return ragged_linear(_observe_groups(x, w.energy, sizes), w.base, sizes, axes)
 
 
 @specs_rule.register

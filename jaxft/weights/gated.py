@@ -1,10 +1,12 @@
 """`Gated` and `Damped`: weights whose gradient is switched, or scaled, by data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.weights.core import (
     Node,
@@ -19,6 +21,7 @@ from jaxft.weights.core import (
     specs_rule,
     static,
 )
+from jaxft.weights.ragged import Axes, by_materializing_ragged, ragged_linear_rule, ragged_matmul, ragged_outer
 
 
 @node
@@ -89,6 +92,39 @@ def _gated_backward(residuals: tuple[Array, Array, Array, Array | None], g: Arra
 _gated_matmul.defvjp(_gated_forward, _gated_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def gated_ragged_matmul(
+    x: Float[Array, "shards rows i"],
+    w: Float[Array, "groups i o"],
+    sizes: Int[Array, "shards groups"],
+    is_trainable: Bool[Array, ""],
+    propagates: Bool[Array, ""] | None,
+    axes: Axes,
+) -> Float[Array, "shards rows o"]:
+    """`ragged_matmul` with the gates of `gated_matmul`, which hold for all groups together."""
+    return ragged_matmul(x, w, sizes, axes)
+
+
+def _gated_ragged_forward(
+    x: Array, w: Array, sizes: Array, is_trainable: Array, propagates: Array | None, axes: Axes
+) -> tuple[Array, tuple[Array | None, ...]]:
+    return ragged_matmul(x, w, sizes, axes), (x, w, sizes, is_trainable, propagates)
+
+
+def _gated_ragged_backward(axes: Axes, residuals: tuple, g: Array) -> tuple[Array | None, ...]:
+    x, w, sizes, is_trainable, propagates = residuals
+
+    def input_gradient() -> Array:
+        return ragged_matmul(g, w.swapaxes(1, 2), sizes, axes)
+
+    dx = input_gradient() if propagates is None else lax.cond(propagates, input_gradient, lambda: jnp.zeros_like(x))
+    dw = lax.cond(is_trainable, lambda: ragged_outer(x, g, sizes, axes), lambda: jnp.zeros_like(w))
+    return dx, dw, None, None, None
+
+
+gated_ragged_matmul.defvjp(_gated_ragged_forward, _gated_ragged_backward)
+
+
 @materialize_rule.register
 def _(w: Gated) -> Array:
     is_open = w.is_open.reshape(w.is_open.shape + (1,) * (w.value.ndim - w.is_open.ndim))
@@ -98,6 +134,11 @@ def _(w: Gated) -> Array:
 @linear_rule.register
 def _(w: Gated, x: Array) -> Array:
     return gated_matmul(x, w.value.astype(x.dtype), w.is_open, w.propagates)
+
+
+@ragged_linear_rule.register
+def _(w: Gated, x: Array, sizes: Array, axes: Axes) -> Array:
+    return gated_ragged_matmul(x, w.value.astype(x.dtype), sizes, w.is_open, w.propagates, axes)
 
 
 @specs_rule.register
@@ -113,6 +154,7 @@ def _(w: Damped) -> Array:
 
 
 linear_rule.register(Damped, by_materializing_linear)
+ragged_linear_rule.register(Damped, by_materializing_ragged)
 
 
 @specs_rule.register

@@ -15,6 +15,7 @@ from jaxft.weights.core import (
     node,
     specs_rule,
 )
+from jaxft.weights.ragged import by_materializing_ragged, ragged_linear_rule
 
 
 @node
@@ -55,6 +56,7 @@ def _(w: Grafted) -> Array:
 
 
 linear_rule.register(Grafted, by_materializing_linear)
+ragged_linear_rule.register(Grafted, by_materializing_ragged)
 
 
 @specs_rule.register

@@ -22,6 +22,7 @@ from jaxft.weights.core import (
     unembed,
     unembed_rule,
 )
+from jaxft.weights.ragged import Axes, ragged_linear, ragged_linear_rule
 
 
 @node
@@ -66,3 +67,9 @@ def _(w: LowRank, spec: PartitionSpec) -> LowRank:
     *layers, d_in, d_out = pad_spec(spec, jax.eval_shape(materialize, w.a).ndim)
     a, b = PartitionSpec(*layers, d_in, None), PartitionSpec(*layers, None, d_out)
     return LowRank(specs(w.base, spec), specs(w.a, a), specs(w.b, b), w.scale)
+
+
+@ragged_linear_rule.register
+def _(w: LowRank, x: Array, sizes: Array, axes: Axes) -> Array:
+    thin = ragged_linear(x, w.a, sizes, axes)
+    return ragged_linear(x, w.base, sizes, axes) + w.scale * ragged_linear(thin, w.b, sizes, axes)

@@ -1,4 +1,4 @@
-"""`RowSplit`: some rows or columns of a matrix train (input channels, output channels, vocabulary rows)."""
+"""`RowSplit`: some rows or columns of a matrix train (input channels, output channels, vocabulary rows), or some experts."""
 
 import functools
 
@@ -19,6 +19,7 @@ from jaxft.weights.core import (
     specs_rule,
     static,
 )
+from jaxft.weights.ragged import Axes, group_of_row, ragged_linear_rule, ragged_matmul, ragged_outer
 
 
 @node
@@ -27,6 +28,7 @@ class RowSplit(Node):
 
     `axis=-2` replaces rows (input channels): the backward pass keeps only `x[..., index]`.
     `axis=-1` replaces columns (output channels): the weight gradient is computed for those columns only.
+    `axis=-3` replaces whole matrices of a stack `[..., experts, d_in, d_out]`: only they have a weight gradient.
     `index` is sorted or not, without repeats; its leading axes are the layers. An index equal to the number of slices
     (or beyond) is padding: it means nothing, so that layers with different counts stack.
     """
@@ -39,16 +41,16 @@ class RowSplit(Node):
 
 def _replace(base: Array, rows: Array, index: Array, axis: int) -> Array:
     rows = rows.astype(base.dtype)
-    if base.ndim > 2:
+    if base.ndim > max(2, -axis):
         return jax.vmap(lambda b, r, i: _replace(b, r, i, axis))(base, rows, index)
-    if axis == -2:
+    if axis != -1:
         return jnp.asarray(base).at[index].set(rows, mode="drop")
     return jnp.asarray(base).at[:, index].set(rows, mode="drop")
 
 
 def gather_rows(matrix: Array, index: Array, axis: int) -> Array:
-    """Slices of `[*layers, d_in, d_out]` along `axis` at `index [*layers, k]`; zeros for padding."""
-    where = index[..., :, None] if axis == -2 else index[..., None, :]
+    """Slices of `[*layers, (experts,) d_in, d_out]` along `axis` at `index [*layers, k]`; zeros for padding."""
+    where = index[..., None, :] if axis == -1 else index.reshape(*index.shape, *(1,) * (-axis - 1))
     return jnp.take_along_axis(matrix, where, axis=axis, mode="fill", fill_value=0)
 
 
@@ -84,8 +86,53 @@ def _(w: RowSplit, x: Array) -> Array:
     return _row_matmul(x, materialize(w.base).astype(x.dtype), w.rows, w.index, w.axis)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _ragged_row_matmul(x: Array, base: Array, rows: Array, index: Array, sizes: Array, axis: int, axes: Axes) -> Array:
+    return ragged_matmul(x, _replace(base, rows, index, axis), sizes, axes)
+
+
+def _ragged_row_forward(
+    x: Array, base: Array, rows: Array, index: Array, sizes: Array, axis: int, axes: Axes
+) -> tuple[Array, tuple[Array, ...]]:
+    kept = _channels(x, index, sizes) if axis == -2 else x
+    return _ragged_row_matmul(x, base, rows, index, sizes, axis, axes), (kept, base, rows, index, sizes)
+
+
+def _ragged_row_backward(axis: int, axes: Axes, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    kept, base, rows, index, sizes = residuals
+    dx = ragged_matmul(g, _replace(base, rows, index, axis).swapaxes(1, 2), sizes, axes)
+    if axis == -1:
+        g = _channels(g, index, sizes)
+    if axis == -3:
+        kept, g, sizes = _of_experts(kept, g, sizes, index)
+    return dx, None, ragged_outer(kept, g, sizes, axes).astype(rows.dtype), None, None
+
+
+_ragged_row_matmul.defvjp(_ragged_row_forward, _ragged_row_backward)
+
+
+def _channels(x: Array, index: Array, sizes: Array) -> Array:
+    """Of each row `[shards, rows, d]` the channels `index [groups, k]` of its group; zeros for padding."""
+    where = jnp.take(index, group_of_row(sizes, x.shape[1]), axis=0, mode="clip")
+    return jnp.take_along_axis(x, where, axis=-1, mode="fill", fill_value=0)
+
+
+def _of_experts(x: Array, g: Array, sizes: Array, index: Array) -> tuple[Array, Array, Array]:
+    """`x` and `g` with the rows of the experts at `index [k]` in front, in that order, and how many each has."""
+    k, experts = index.shape[0], sizes.shape[1]
+    place = jnp.full(experts + 1, k, jnp.int32).at[index].set(jnp.arange(k, dtype=jnp.int32), mode="drop")
+    order = jnp.argsort(place.at[experts].set(k)[group_of_row(sizes, x.shape[1])], axis=-1, stable=True)[..., None]
+    x, g = (jnp.take_along_axis(a, order, axis=1) for a in (x, g))
+    return x, g, jnp.take(sizes, index, axis=1, mode="fill", fill_value=0)
+
+
+@ragged_linear_rule.register
+def _(w: RowSplit, x: Array, sizes: Array, axes: Axes) -> Array:
+    return _ragged_row_matmul(x, materialize(w.base).astype(x.dtype), w.rows, w.index, sizes, w.axis, axes)
+
+
 @specs_rule.register
 def _(w: RowSplit, spec: PartitionSpec) -> RowSplit:
-    *layers, d_in, d_out = pad_spec(spec, w.rows.ndim)
-    rows = (None, d_out) if w.axis == -2 else (d_in, None)
-    return RowSplit(specs(w.base, spec), PartitionSpec(*layers, *rows), PartitionSpec(), w.axis)
+    rows = list(pad_spec(spec, w.rows.ndim))
+    rows[w.axis] = None
+    return RowSplit(specs(w.base, spec), PartitionSpec(*rows), PartitionSpec(), w.axis)

@@ -1,5 +1,7 @@
 """`SparseDelta` and `BlockSplit`: single entries, or blocks of entries, of a matrix train."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -16,11 +18,13 @@ from jaxft.weights.core import (
     specs,
     specs_rule,
 )
+from jaxft.weights.ragged import Axes, ragged_linear_rule, ragged_matmul, ragged_outer
 
 
 @node
 class SparseDelta(Node):
-    """`base` plus `values` at flat positions `indices` (row-major within the trailing two axes, or one for a vector).
+    """`base` plus `values` at flat positions `indices`, row-major within the axes that follow those of `indices`: the two
+    of a matrix, one of a vector, three of the matrices of all experts of a layer.
 
     Positions are unique. An index equal to the number of entries is padding: it means nothing and its value stays
     zero, so that layers with different counts stack.
@@ -73,6 +77,33 @@ def _(w: SparseDelta, x: Array) -> Array:
     return _sparse_matmul(x, materialize(w.base).astype(x.dtype), w.values, w.indices)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _ragged_sparse_matmul(x: Array, base: Array, values: Array, indices: Array, sizes: Array, axes: Axes) -> Array:
+    return ragged_matmul(x, _scatter_add(base, values, indices), sizes, axes)
+
+
+def _ragged_sparse_forward(
+    x: Array, base: Array, values: Array, indices: Array, sizes: Array, axes: Axes
+) -> tuple[Array, tuple[Array, ...]]:
+    return _ragged_sparse_matmul(x, base, values, indices, sizes, axes), (x, base, values, indices, sizes)
+
+
+def _ragged_sparse_backward(axes: Axes, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    x, base, values, indices, sizes = residuals
+    dx = ragged_matmul(g, _scatter_add(base, values, indices).swapaxes(1, 2), sizes, axes)
+    dense = ragged_outer(x, g, sizes, axes)
+    gather = jax.vmap(gather_flat) if indices.ndim > 1 else gather_flat
+    return dx, None, gather(dense, indices).astype(values.dtype), None, None
+
+
+_ragged_sparse_matmul.defvjp(_ragged_sparse_forward, _ragged_sparse_backward)
+
+
+@ragged_linear_rule.register
+def _(w: SparseDelta, x: Array, sizes: Array, axes: Axes) -> Array:
+    return _ragged_sparse_matmul(x, materialize(w.base).astype(x.dtype), w.values, w.indices, sizes, axes)
+
+
 def _axis_names(entries: tuple) -> tuple[str, ...]:
     return tuple(
         name for entry in entries if entry is not None for name in (entry if isinstance(entry, tuple) else (entry,))
@@ -82,7 +113,7 @@ def _axis_names(entries: tuple) -> tuple[str, ...]:
 @specs_rule.register
 def _(w: SparseDelta, spec: PartitionSpec) -> SparseDelta:
     layers = w.indices.ndim - 1
-    names = _axis_names(pad_spec(spec, layers + 2)[layers:])
+    names = _axis_names(tuple(spec)[layers:])
     flat = PartitionSpec(*(None,) * layers, names or None)
     return SparseDelta(specs(w.base, spec), flat, flat)
 
@@ -152,6 +183,34 @@ _block_matmul.defvjp(_block_forward, _block_backward)
 @linear_rule.register
 def _(w: BlockSplit, x: Array) -> Array:
     return _block_matmul(x, materialize(w.base).astype(x.dtype), w.blocks, w.index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _ragged_block_matmul(x: Array, base: Array, blocks: Array, index: Array, sizes: Array, axes: Axes) -> Array:
+    return ragged_matmul(x, _replace_blocks(base, blocks, index), sizes, axes)
+
+
+def _ragged_block_forward(
+    x: Array, base: Array, blocks: Array, index: Array, sizes: Array, axes: Axes
+) -> tuple[Array, tuple[Array, ...]]:
+    return _ragged_block_matmul(x, base, blocks, index, sizes, axes), (x, base, blocks, index, sizes)
+
+
+def _ragged_block_backward(axes: Axes, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    x, base, blocks, index, sizes = residuals
+    p, q = blocks.shape[-2:]
+    dx = ragged_matmul(g, _replace_blocks(base, blocks, index).swapaxes(1, 2), sizes, axes)
+    dense = ragged_outer(x, g, sizes, axes)
+    dblocks = jax.vmap(lambda d, i: gather_blocks(d, i, p, q))(dense, index)
+    return dx, None, dblocks.astype(blocks.dtype), None, None
+
+
+_ragged_block_matmul.defvjp(_ragged_block_forward, _ragged_block_backward)
+
+
+@ragged_linear_rule.register
+def _(w: BlockSplit, x: Array, sizes: Array, axes: Axes) -> Array:
+    return _ragged_block_matmul(x, materialize(w.base).astype(x.dtype), w.blocks, w.index, sizes, axes)
 
 
 @specs_rule.register

@@ -21,7 +21,8 @@ from jaxft.weights.core import (
     specs,
     specs_rule,
 )
-from jaxft.weights.gated import Gated, gated_matmul
+from jaxft.weights.gated import Gated, gated_matmul, gated_ragged_matmul
+from jaxft.weights.ragged import Axes, ragged_linear_rule
 
 
 @node
@@ -143,6 +144,16 @@ def _(w: Split, x: Array) -> Array:
     def product(x: Array, w: Split) -> Array:
         weight = _read(w.trainable, w.frozen, w.is_trainable, w.slot, x.dtype)
         return gated_matmul(x, weight, w.is_trainable, w.propagates)
+
+    return product(x, w)
+
+
+@ragged_linear_rule.register
+def _(w: Split, x: Array, sizes: Array, axes: Axes) -> Array:
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def product(x: Array, w: Split) -> Array:
+        weight = _read(w.trainable, w.frozen, w.is_trainable, w.slot, x.dtype)
+        return gated_ragged_matmul(x, weight, sizes, w.is_trainable, w.propagates, axes)
 
     return product(x, w)
 

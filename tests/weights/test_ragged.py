@@ -1,0 +1,138 @@
+"""The law of weight nodes for experts: row r of expert e is `x[r] @ materialize(w)[e]`, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.distributed import MeshConfig, make_mesh
+from jaxft.partition import Trains, Tuned, combine, split
+from jaxft.weights import (
+    Node,
+    Observed,
+    RowSplit,
+    SparseDelta,
+    gather_rows,
+    group_of_row,
+    materialize,
+    node,
+    ragged_linear,
+    scan_layers,
+    specs,
+)
+from tests.weights.test_law import CASES, close, equations, with_gradients
+
+L, E, D, ROWS = 4, 3, 8, 6
+SIZES = jnp.asarray([[2, 0, 4], [1, 5, 0]])  # of two shards; one expert without rows in each
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return 0.5 * jax.random.normal(jax.random.key(seed), shape)
+
+
+def experts(path: str) -> Node:
+    """A case of the law for matrices, as E different experts of each of L layers: masks of layers stay masks."""
+
+    def stack(*a: jax.Array) -> jax.Array:
+        varied = [x * (1 + 0.3 * i) if jnp.issubdtype(x.dtype, jnp.floating) else x for i, x in enumerate(a)]
+        return jnp.stack(varied, 1) if a[0].ndim > 1 else a[0]
+
+    return jax.tree.map(stack, *(CASES[path]() for _ in range(E)))
+
+
+def row_split(index: jax.Array) -> RowSplit:
+    base = normal(1, L, E, D, D)
+    rows = gather_rows(base, index, -3) + jnp.where(index < E, 1.0, 0.0)[..., None, None] * normal(
+        2, *index.shape, D, D
+    )
+    return RowSplit(base, Trains(rows), index, -3)
+
+
+# The first case of every node, and those whose rule for experts is another.
+OF_MATRICES = {type(make()): name for name, make in reversed(CASES.items())}
+EXPERTS = {
+    **{
+        name: lambda name=name: experts(name)
+        for name in [*OF_MATRICES.values(), "RowSplit-columns", "RowSplit-padded-rows", "LowRank-of-Splits"]
+    },
+    "RowSplit-experts": lambda: row_split(jnp.asarray([[2, 0], [1, 2], [0, 1], [2, 1]])),
+    "RowSplit-experts-padded": lambda: row_split(jnp.asarray([[2, E], [E, E], [0, 1], [1, E]])),
+    "SparseDelta-over-all-experts": lambda: SparseDelta(
+        normal(1, L, E, D, D),
+        Trains(normal(3, L, 7)),
+        jnp.asarray(np.stack([np.random.default_rng(i).permutation(E * D * D)[:7] for i in range(L)])),
+    ),
+}
+
+
+def cut(name: str) -> Tuned:
+    return split({"w": EXPERTS[name]()})
+
+
+def chained(params, x, axes=()):
+    return scan_layers(lambda x, layer, _: (jnp.tanh(ragged_linear(x, layer["w"], SIZES, axes)), None), params, x)[0]
+
+
+def chained_slow(params, x):
+    dense, group = materialize(params["w"]), group_of_row(SIZES, ROWS)
+    for layer in range(L):
+        x = jnp.tanh(jnp.einsum("sri,srio->sro", x, dense[layer][group]))
+    return x
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_law(name):
+    x, tuned = normal(30, 2, ROWS, D), cut(name)
+    fast, slow = jax.jit(lambda t, x: [with_gradients(f, t, x) for f in (chained, chained_slow)])(tuned, x)
+    close(fast, slow)
+
+
+@pytest.mark.parametrize("name", ["LowRank", "Split", "RowSplit-rows", "RowSplit-experts-padded", "SparseDelta"])
+def test_on_a_mesh_with_experts_divided(name):
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    x, tuned = normal(31, 2, ROWS, D), cut(name)
+    # Three experts do not divide over two devices; the matrices do.
+    wanted = specs(combine(tuned)["w"], P(None, None, "expert", "tensor"))
+    places = jax.tree.map(lambda s: NamedSharding(mesh, s), wanted, is_leaf=lambda s: isinstance(s, P))
+    spread = jax.device_put(combine(tuned)["w"], places)
+    halves = (
+        jax.tree.map(lambda h, a: None if h is None else a, half["w"], spread, is_leaf=lambda h: h is None)
+        for half in tuned[:2]
+    )
+    again = Tuned(*({"w": half} for half in halves))
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda t, x: with_gradients(lambda p, x: chained(p, x, ("data",)), t, x))(
+            again, jax.device_put(x, NamedSharding(mesh, P("data")))
+        )
+    close(found, jax.jit(lambda t, x: with_gradients(chained_slow, t, x))(tuned, x))
+
+
+def test_only_the_chosen_experts_have_a_weight_gradient():
+    w = jax.tree.map(lambda a: a[0], combine(cut("RowSplit-experts"))["w"])
+
+    def loss(rows, x):
+        return jnp.sum(ragged_linear(x, w.replace(rows=rows), SIZES))
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(w.rows, normal(1, 2, ROWS, D)).jaxpr
+    made = [e.outvars[0].aval.shape for e, _ in equations(jaxpr) if e.primitive.name == "ragged_dot_general"]
+    assert made.count((2, D, D)) == 2 and (E, D, D) not in made, "a product for each shard, of the two experts alone"
+
+
+def test_observed_counts_by_expert():
+    x = normal(1, 2, ROWS, D)
+    w = Observed(normal(2, E, D, D), jnp.zeros((E, D)))
+    energy = jax.grad(lambda e: jnp.sum(ragged_linear(x, w.replace(energy=e), SIZES)))(w.energy)
+    group = group_of_row(SIZES, ROWS)
+    expected = [jnp.sum(jnp.where((group == e)[..., None], x**2, 0), axis=(0, 1)) for e in range(E)]
+    np.testing.assert_allclose(energy, jnp.stack(expected), rtol=1e-5)
+
+
+def test_a_node_without_a_rule_says_what_to_do():
+    @node
+    class Bare(Node):
+        w: jax.Array
+
+    with pytest.raises(TypeError, match="Bare has no `ragged_linear` rule: register one"):
+        ragged_linear(normal(1, 2, ROWS, D), Bare(normal(2, E, D, D)), SIZES)
