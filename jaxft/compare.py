@@ -31,7 +31,7 @@ from jaxft.data import FormatConfig
 from jaxft.errors import JaxftError
 from jaxft.methods.registry import get_method
 from jaxft.picture import draw
-from jaxft.training.output import config_differences, write_atomically
+from jaxft.training.output import config_differences, json_text, json_value, write_atomically
 
 POLL_SECONDS = 0.25
 BASE = "base"
@@ -111,7 +111,7 @@ def plan(config_path: str, assignments: Sequence[str]) -> list[Variant]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError([Problem("", "", f'two runs of the comparison have the same name, "{name}"')])
-    if not variants[0].config.evaluation.sets:
+    if not any(one.kind == "target" for one in variants[0].config.evaluation.sets.values()):
         raise ConfigError(
             [Problem(config_path, "evaluation.sets", "a comparison needs at least one evaluation set of kind target")]
         )
@@ -211,7 +211,7 @@ def finished_report(variant: Variant) -> dict[str, Any] | None:
     stored = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     if config_differences(stored, variant.config.resolved()):
         return None
-    return json.loads(report.read_text(encoding="utf-8"))
+    return json_value(report.read_text(encoding="utf-8"))
 
 
 def baseline_path(config: RunConfig, root: Path) -> Path:
@@ -313,7 +313,7 @@ def _records(path: Path) -> Iterator[dict[str, Any] | None]:
                         break
                     offset += len(line)
                     try:
-                        yield json.loads(line)
+                        yield json_value(line.decode())
                     except ValueError:
                         continue
         yield None
@@ -360,7 +360,7 @@ class _Display:
     def step(self, name: str, record: Mapping[str, Any], total: int | None) -> None:
         if "loss" not in record:
             return
-        note = f"loss {record['loss']:.4f}" if isinstance(record["loss"], float) else f"loss {record['loss']}"
+        note = f"loss {record['loss']:.4f}"
         if (seconds := record.get("step_seconds")) is not None and isinstance(seconds, float):
             note += f"  {1e3 * seconds:.0f} ms a step"
         self._progress.update(self._tasks[name], completed=record.get("step", 0), total=total, note=note)
@@ -419,8 +419,12 @@ def summarize(config_path: str, outcomes: Sequence[Outcome]) -> list[str]:
     lines += ["", "Losses are mean nats a target token, against the base model.", ""]
     write_atomically(root / "compare.md", "\n".join(lines))
     document = {"title": title, "config": str(config_path), "runs": rows}
-    write_atomically(root / "compare.json", json.dumps(document, indent=2) + "\n")
-    best = max(rows, key=lambda row: row["learned"] - (row["forgot"] or 0.0))
+    write_atomically(root / "compare.json", json_text(document) + "\n")
+    kept = {row["name"]: row["learned"] - (row["forgot"] or 0.0) for row in rows}
+    best = max(rows, key=lambda row: kept[row["name"]] if math.isfinite(kept[row["name"]]) else -math.inf)
+    # Prompts are then written as in training: by the chat template, or with the newline of the plain format.
+    conversations = sum(s.get("conversations", 0) for s in (outcomes[0].report or {})["data"].get("sources", ()))
+    chat = "--chat " if conversations else ""
     return [
         "",
         *table,
@@ -432,7 +436,7 @@ def summarize(config_path: str, outcomes: Sequence[Outcome]) -> list[str]:
         f"Runs:     {', '.join(row['directory'] for row in rows)}",
         "",
         "Next:",
-        f"  jaxft generate {best['directory']} --chat -p '...'    talk to the run that kept most of what it learned",
+        f"  jaxft generate {best['directory']} {chat}-p '...'    the run that kept most of what it learned",
         f"  jaxft export {best['directory']} my-model             write it for transformers",
         "  jaxft methods                                        see what else there is to compare",
     ]
@@ -471,6 +475,11 @@ def _nats(value: float | None) -> str:
 
 def what_happened(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The comparison in plain sentences."""
+    finite = [row for row in rows if math.isfinite(row["learned"])]
+    if len(finite) < len(rows):
+        lost = ", ".join(row["name"] for row in rows if row not in finite)
+        broken = f"{lost} diverged: the loss on the target sets is not a finite number. Lower the learning rate."
+        return [*(what_happened(finite) if finite else ()), broken]
     most = max(rows, key=lambda row: row["learned"])
     sentences = [
         f"{most['name']} learned most: its loss on the target sets fell by {most['learned']:.3f} nats a token "

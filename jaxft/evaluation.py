@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from pydantic import BaseModel, ConfigDict, Field
 
-from jaxft.data import DataConfig, EvaluationSetConfig, evaluation_batches
+from jaxft.data import DataConfig, EvaluationSetConfig, check_vocabulary, evaluation_batches
 from jaxft.distributed import row_shards
 from jaxft.distributed.sharding import batch_spec, fit_spec
 from jaxft.errors import JaxftError
@@ -267,6 +267,7 @@ def make_evaluation(
             batches = evaluation_batches(
                 one, tokenizer, seq_len=data.seq_len, batch_size=config.batch_size or data.batch_size, data=data
             )
+            check_vocabulary(batches.report, model.config.vocab_size)
         except JaxftError as error:
             raise JaxftError(f"evaluation.sets.{name}: {error}") from error
         if not any(batch["weights"].any() for batch in batches):

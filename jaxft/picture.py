@@ -1,6 +1,7 @@
 """The picture of a comparison: learned against forgot, and what each run cost."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,7 @@ def _scatter(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _label_points(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Names beside the points, each at the first place around its point where it covers nothing."""
+    rows = [row for row in rows if math.isfinite(row["learned"]) and math.isfinite(row["forgot"] or 0.0)]
     renderer = axes.figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     points = [(0.0, 0.0)] + [(row["learned"], row["forgot"] or 0.0) for row in rows]

@@ -82,6 +82,7 @@ def test_learning_rates_of_a_plan(home):
         (["method=full,full"], "same name"),
         (["method"], "key=value"),
         (["method=full,hft", "evaluation=null"], "evaluation.sets"),
+        (["method=full,hft", "evaluation.sets.held_out.kind=retained"], "kind target"),
     ],
 )
 def test_a_plan_with_a_mistake_is_refused_before_anything_runs(home, assignments, words):
@@ -111,6 +112,15 @@ def test_the_sentences_say_what_the_numbers_say():
         "1.50 times as fast."
     )
     assert lora == "lora learned 50 % as much as full, forgot nothing and trained 1 % of the parameters."
+
+
+def test_a_run_that_diverged_is_said_to_have():
+    full, hft, lora = rows()
+    broken = {**full, "learned": float("nan"), "forgot": float("nan")}
+    *others, last = what_happened([broken, hft, lora])
+    assert others == what_happened([hft, lora]) and last.startswith("full diverged")
+    assert what_happened([broken]) == [last]
+    assert "+nan" in markdown_table([broken, hft])[2] and draw([broken, hft], "a title").startswith(b"\x89PNG")
 
 
 def test_the_table_is_markdown_of_equal_widths():

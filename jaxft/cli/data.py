@@ -33,11 +33,14 @@ def data(
 
     from jaxft.config import load_config
     from jaxft.data import evaluation_batches, inspect
-    from jaxft.hub import load_tokenizer
+    from jaxft.hub import load_model, load_tokenizer
 
     loaded = load_config(config, overrides or [])
     tokenizer = load_tokenizer(loaded.model.path)
     report = inspect(loaded.data, tokenizer, examples, seed=loaded.seed)
+    vocab_size = load_model(loaded.model.path).config.vocab_size
+    if report.largest_token >= vocab_size:
+        report.warnings.append(f"token {report.largest_token} is in no embedding of the model, which has {vocab_size}")
     sets = {}
     if evaluation:
         size = loaded.evaluation.batch_size or loaded.data.batch_size

@@ -1,6 +1,5 @@
 """`jaxft eval`: scores of a run, a delta or a model on named sets."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +68,7 @@ def evaluate(
     from jaxft.evaluation import against_base as compared_to
     from jaxft.evaluation import make_evaluation
     from jaxft.training.compilation import enable_compilation_cache
+    from jaxft.training.output import json_text, write_atomically
 
     enable_compilation_cache()
     loaded = runs.load(source, base=base, dtype=jnp.dtype(settings.model.param_dtype))
@@ -88,14 +88,10 @@ def evaluate(
     kinds = {name: one.kind for name, one in settings.evaluation.sets.items()}
     changes = compared_to(results, before, kinds) if before is not None else None
     if output is not None:
-        from jaxft.training.output import write_atomically
-
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, json.dumps(results, indent=2) + "\n")
+        write_atomically(output, json_text(results) + "\n")
     if as_json:
-        typer.echo(
-            json.dumps({"source": source, "step": loaded.step, "results": results, "against_base": changes}, indent=2)
-        )
+        typer.echo(json_text({"source": source, "step": loaded.step, "results": results, "against_base": changes}))
     else:
         _print(results, before, changes, kinds)
 

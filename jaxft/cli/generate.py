@@ -30,7 +30,11 @@ def generate(
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Write the prompt as a user's turn, by the chat template of the run or tokenizer."),
+        typer.Option(
+            "--chat",
+            help="Write the prompt as a user's turn, as in training: by the run's or tokenizer's chat template, "
+            "or plain (the prompt and a newline).",
+        ),
     ] = False,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-m", min=1, help="Longest answer, in tokens.")

@@ -8,7 +8,7 @@ into batches.
 from jaxft.data.config import DataConfig, EvaluationSetConfig, FormatConfig, RowsConfig, SourceConfig
 from jaxft.data.evaluation import EvaluationBatches, evaluation_batches
 from jaxft.data.pipeline import TrainBatches, inspect, train_batches
-from jaxft.data.report import DataReport, SourceReport
+from jaxft.data.report import DataReport, SourceReport, check_vocabulary
 from jaxft.data.sources import locate
 from jaxft.data.templates import read_template
 
@@ -22,6 +22,7 @@ __all__ = [
     "SourceConfig",
     "SourceReport",
     "TrainBatches",
+    "check_vocabulary",
     "evaluation_batches",
     "inspect",
     "locate",

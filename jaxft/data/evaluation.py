@@ -71,7 +71,7 @@ def evaluation_batches(
                 fill_row(batch, row, [examples[members[i]] for i in packing.row(index)])
         batches.append(batch)
     efficiency = int(lengths.sum()) / (len(packing) * seq_len)
-    return EvaluationBatches(batches, DataReport(seq_len, batch_size, sources, len(packing), efficiency, steps, steps))
+    return EvaluationBatches(batches, _report(seq_len, batch_size, sources, len(packing), efficiency, batches))
 
 
 def _draw(count: int, wanted: int | None) -> np.ndarray:
@@ -135,7 +135,15 @@ def _multiple_choice(
                 batch["question"][row], batch["choice"][row], batch["correct"][row] = question, choice, correct
         batches.append(batch)
     efficiency = report.tokens / (len(flat) * seq_len)
-    return EvaluationBatches(batches, DataReport(seq_len, batch_size, [report], len(flat), efficiency, steps, steps))
+    return EvaluationBatches(batches, _report(seq_len, batch_size, [report], len(flat), efficiency, batches))
+
+
+def _report(
+    seq_len: int, batch_size: int, sources: list[SourceReport], rows: int, efficiency: float, batches: list[Batch]
+) -> DataReport:
+    largest = max((int(batch["tokens"].max()) for batch in batches), default=0)
+    steps = len(batches)
+    return DataReport(seq_len, batch_size, sources, rows, efficiency, steps, total_steps=steps, largest_token=largest)
 
 
 def _choice(question: str, choice: str, template: Template) -> tuple[np.ndarray, np.ndarray]:

@@ -174,6 +174,7 @@ def _tokenize(
         if isinstance(example, Document):
             documents.append((i, example.text))
             continue
+        report.conversations += 1
         if isinstance(example, Question):  # as training text: the question and its right answer
             answer = {"role": "assistant", "content": example.choices[example.answer]}
             example = Conversation(({"role": "user", "content": example.question}, answer))

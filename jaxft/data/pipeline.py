@@ -299,6 +299,7 @@ def _prepare(
         packing_efficiency=len(examples.tokens) / max(rows * config.seq_len, 1),
         steps_per_epoch=order.steps_per_epoch,
         total_steps=order.total_steps,
+        largest_token=int(examples.tokens.max(initial=0)),
     )
     report.warnings = _warnings(examples, template, report)
     if rows < config.batch_size:

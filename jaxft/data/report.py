@@ -28,6 +28,7 @@ class SourceReport:
     dropped_too_long: int = 0
     dropped_untrained: int = 0
     truncated: int = 0
+    conversations: int = 0  # rows that are a prompt and an answer, or messages; the others are plain text
     control_tokens: int = 0  # rows whose own text holds a special token of the tokenizer
     control_token_place: Place | None = None  # the first of them
     examples: int = 0
@@ -47,6 +48,7 @@ class SourceReport:
             "dropped_too_long": self.dropped_too_long,
             "dropped_untrained": self.dropped_untrained,
             "truncated": self.truncated,
+            "conversations": self.conversations,
             "control_tokens": self.control_tokens,
             "examples": self.examples,
             "tokens": self.tokens,
@@ -79,6 +81,7 @@ class DataReport:
     rows_per_epoch: int = 0
     packing_efficiency: float = 0.0  # tokens over row capacity
     steps_per_epoch: int = 0
+    largest_token: int = 0
     total_steps: int | None = None  # None: as many as the training asks
     warnings: list[str] = field(default_factory=list)
     shown: list[ShownExample] = field(default_factory=list)
@@ -143,6 +146,15 @@ class DataReport:
             yield Text(f"warning: {warning}", style="yellow")
         for bad in self.malformed:
             yield Text(f"malformed: {bad}", style="red")
+
+
+def check_vocabulary(report: DataReport, vocab_size: int) -> None:
+    """Raises JaxftError for tokens that the model has no embedding of: looking them up would give NaN in silence."""
+    if report.largest_token >= vocab_size:
+        raise JaxftError(
+            f"the tokenizer made token {report.largest_token} of the data, but the model embeds {vocab_size} "
+            f"tokens, 0 to {vocab_size - 1}: the tokenizer is not the one that belongs to this model"
+        )
 
 
 def check_sources(sources: list[SourceReport], *, on_error: str, truncation: str, seq_len: int) -> None:

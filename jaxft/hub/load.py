@@ -82,9 +82,12 @@ def load_model(path_or_id: str | Path) -> LanguageModel:
     if str(path_or_id).startswith(PRESET):
         return LanguageModel(preset(str(path_or_id).removeprefix(PRESET)))
     directory = resolve(path_or_id, weights=False)
+    contents = read_json(directory / "config.json")
+    if not isinstance(contents, dict):
+        raise JaxftError(f"{directory / 'config.json'}: expected an object with the keys of a model's configuration")
     try:
-        config = from_huggingface(read_json(directory / "config.json"))
-    except JaxftError as error:
+        config = from_huggingface(contents)
+    except (TypeError, ValueError, AttributeError) as error:  # JaxftErrors, and values of another type than the key's
         raise JaxftError(f"{directory / 'config.json'}: {error}") from error
     generation = None
     if (directory / "generation_config.json").is_file():
@@ -159,12 +162,14 @@ def load_pretrained(
         shardings = treedef.flatten_up_to(sharding)
     with contextlib.ExitStack() as stack:
         tensors = _Tensors(directory, stack)
-        sources = {dotted(path): tensor_names(dotted(path), model.config.num_layers) for path, _ in flat}
-        _check_names(tensors, {name for names in sources.values() for name in names}, directory)
+        sources = {dotted(path): tensor_names(dotted(path), model.config) for path, _ in flat}
+        _check_names(tensors, {name for names in sources.values() for name in names.flat}, directory)
         leaves = []
         for (path, expected), placed in zip(flat, shardings, strict=True):
             path = dotted(path)
-            slices = [tensors.slice(name) for name in sources[path]]
+            slices = np.empty(sources[path].shape, object)
+            for at, name in np.ndenumerate(sources[path]):
+                slices[at] = tensors.slice(name)
             _check_shapes(path, sources[path], slices, expected.shape, directory)
             read = _reader(slices, expected.shape, is_transposed(path), None if dtype is None else expected.dtype)
             leaves.append(jax.make_array_from_callback(expected.shape, placed, read))
@@ -172,10 +177,10 @@ def load_pretrained(
 
 
 def _reader(
-    slices: list[Any], shape: tuple[int, ...], transposed: bool, dtype: Any
+    slices: np.ndarray, shape: tuple[int, ...], transposed: bool, dtype: Any
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """The callback which reads one shard of a leaf. Devices that hold the same shard share one read."""
-    stacked = len(shape) == len(slices[0].get_shape()) + 1
+    """The callback which reads one shard of a leaf, whose stack `slices` holds. Devices that hold the same shard share
+    one read."""
     latest: dict[tuple, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -183,10 +188,15 @@ def _reader(
         key = tuple((r.start, r.stop) for r in ranges)
         if key not in latest:
             latest.clear()
-            latest[key] = (
-                np.stack([rows(slices[i], ranges[1:]) for i in ranges[0]]) if stacked else rows(slices[0], ranges)
-            )
+            latest[key] = stack(slices, ranges)
         return latest[key]
+
+    def stack(tensors: Any, ranges: list[range]) -> np.ndarray:
+        if not isinstance(tensors, np.ndarray):
+            return rows(tensors, ranges)
+        if tensors.ndim == 0:
+            return rows(tensors[()], ranges)
+        return np.stack([stack(tensors[i], ranges[1:]) for i in ranges[0]])
 
     def rows(tensor: Any, ranges: list[range]) -> np.ndarray:
         cut = tuple(slice(r.start, r.stop) for r in (reversed(ranges) if transposed else ranges))
@@ -222,10 +232,10 @@ def _equal(a: Any, b: Any) -> bool:
     return all(np.array_equal(a[piece], b[piece]) for piece in pieces)
 
 
-def _check_shapes(path: str, names: list[str], slices: list[Any], shape: tuple[int, ...], directory: Path) -> None:
-    one = shape[1:] if path.startswith("layers.") else shape
+def _check_shapes(path: str, names: np.ndarray, slices: np.ndarray, shape: tuple[int, ...], directory: Path) -> None:
+    one = shape[names.ndim :]
     one = one[::-1] if is_transposed(path) else one
-    for name, tensor in zip(names, slices, strict=True):
+    for name, tensor in zip(names.flat, slices.flat, strict=True):
         if tuple(tensor.get_shape()) != one:
             raise JaxftError(
                 f"{directory}: {name} has shape {list(tensor.get_shape())}, config.json makes it {list(one)}"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import socket
 import sys
 import time
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxft.errors import JaxftError
+from jaxft.training.output import json_text, json_value
 
 
 class LoggingConfig(BaseModel):
@@ -54,8 +56,7 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.write(json_text({"step": step, **values}, indent=None) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -72,7 +73,7 @@ def _step_of(line: bytes) -> float:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+    return [json_value(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
 
 
 class TensorBoard:
@@ -110,7 +111,7 @@ class WeightsAndBiases:
         identity = directory / "wandb" / "run_id"
         identity.parent.mkdir(parents=True, exist_ok=True)
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=project, dir=str(directory), config=dict(config), id=identity.read_text().strip(), resume="allow"
         )

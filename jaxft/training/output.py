@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -25,10 +26,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-import numpy as np
 import yaml
-from jax.experimental import multihost_utils
 
+from jaxft.distributed import from_first, in_step
 from jaxft.errors import JaxftError
 
 # What may change between the start of a run and its resumption: none of it changes the numbers of the run.
@@ -58,6 +58,32 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def json_text(document: Any, indent: int | None = 2) -> str:
+    """JSON by the letter: numbers that it cannot write (a loss that is not finite) become text, "nan" or "inf"."""
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: spelled(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [spelled(one) for one in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(spelled(document), indent=indent, allow_nan=False)
+
+
+def json_value(text: str) -> Any:
+    """What `json_text` wrote, with every number a number again."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: read(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [read(one) for one in value]
+        return float(value) if value in ("nan", "inf", "-inf") else value
+
+    return read(json.loads(text))
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers of a run depend on."""
     names = (
@@ -83,16 +109,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat_config(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key; a list of mappings counts as one, by position."""
     if isinstance(tree, Mapping) and tree:
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+        return {k: v for key, value in tree.items() for k, v in flat_config(value, f"{prefix}{key}.").items()}
     if isinstance(tree, list) and any(isinstance(x, Mapping) for x in tree):
-        return {k: v for i, value in enumerate(tree) for k, v in _flat(value, f"{prefix}{i}.").items()}
+        return {k: v for i, value in enumerate(tree) for k, v in flat_config(value, f"{prefix}{i}.").items()}
     return {prefix[:-1]: tree}
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _flat({key: value for key, value in config.items() if key not in FREE_SECTIONS})
+    flat = flat_config({key: value for key, value in config.items() if key not in FREE_SECTIONS})
     return {k: v for k, v in flat.items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)}
 
 
@@ -110,20 +137,6 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
         for key in sorted({*before, *after})
         if before.get(key, missing) != after.get(key, missing)
     ]
-
-
-def _agreement(accepted: bool, fingerprint: str) -> OutputError | None:
-    """What is wrong between the processes of a run: the first refused the directory, or configurations differ."""
-    mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
-    everyone = multihost_utils.process_allgather(np.append(mine, np.uint8(accepted)))
-    if not everyone[0, -1]:
-        return OutputError("the first process refused the output directory; its message says why")
-    other = [index for index, row in enumerate(everyone) if (row[:-1] != everyone[0, :-1]).any()]
-    if other:
-        return OutputError(
-            f"processes {other} of {len(everyone)} were started with another configuration than process 0"
-        )
-    return None
 
 
 class RunDirectory:
@@ -144,25 +157,24 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         self._writes = jax.process_index() == 0
         plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-        refused: OutputError | None = None
-        if self._writes:
-            try:
-                self._make()
-                self._acquire()
-                self._claim(plain, overwrite)
-            except OutputError as error:
-                self.close()
-                refused = error
-        if jax.process_count() > 1:
-            refused = refused or _agreement(refused is None, config_fingerprint(plain))
-        if refused is not None:
-            raise refused
+        in_step("the output directory", lambda: self._take(plain, overwrite))
 
     def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _take(self, config: dict[str, Any], overwrite: bool) -> None:
+        if not self._writes:
+            return
+        try:
+            self._make()
+            self._acquire()
+            self._claim(config, overwrite)
+        except OutputError:
+            self.close()
+            raise
 
     def _make(self) -> None:
         try:
@@ -232,7 +244,7 @@ class RunDirectory:
                 "Set `output` to a new or empty directory."
             )
         write_atomically(stored, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        starts = self.read("versions.json") or []
+        starts = self._read("versions.json") or []
         if not starts or starts[-1] != versions():
             self.write("versions.json", [*starts, versions()])
 
@@ -267,15 +279,19 @@ class RunDirectory:
         return None
 
     def read(self, name: str) -> Any:
-        """The JSON document `name` of the directory, None when there is none."""
+        """The JSON document `name` of the directory, None when there is none. With several processes: what the first
+        one finds, in all of them, which must all ask."""
+        return from_first(name, self._read(name) if self._writes else None)
+
+    def _read(self, name: str) -> Any:
         path = self.path / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json_value(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def write(self, name: str, document: Any) -> None:
         """Writes a JSON document (or text, by its suffix) atomically; in a run of several processes the first one
         does."""
         if self._writes:
-            text = document if name.endswith(".md") else json.dumps(document, indent=2) + "\n"
+            text = document if name.endswith(".md") else json_text(document) + "\n"
             write_atomically(self.path / name, text)
 
     def close(self) -> None:

@@ -1,25 +1,31 @@
 """The loop and what it writes: the run directory, metrics, evaluation, the report, and how it refuses."""
 
+import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import yaml
 
-from jaxft.checkpoint import Checkpointer, CheckpointError
+from jaxft.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
 from jaxft.errors import JaxftError
 from jaxft.hub import load_pretrained, load_tokenizer, save_pretrained
 from jaxft.training import Interrupted, read_metrics, train
 from jaxft.training.compilation import CompilationLog, enable_compilation_cache
+from jaxft.training.loop import save_due
 from jaxft.training.metrics import JsonLines, LoggingConfig, Meter, TensorBoard, Terminal, make_writers
 from jaxft.training.output import OutputError, RunDirectory, config_differences, config_fingerprint
 from jaxft.training.preemption import StopRequest
+from jaxft.training.report import Report, report_markdown
 from tests.training.tiny import tiny_config, write_tiny
 
 CONFIG = {
@@ -227,6 +233,52 @@ def test_a_step_with_a_loss_that_is_not_finite_is_counted(directory, tmp_path):
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped_steps"] == report.skipped_steps
 
 
+def test_a_report_of_losses_that_are_not_finite_is_valid_json_and_reads_back(finished, tmp_path):
+    config, _, report = finished
+    sets = {"held_out": {**report.sets["held_out"], "loss": float("nan"), "change": float("inf")}}
+    diverged = dataclasses.replace(report, final_loss=float("nan"), learned=float("-inf"), sets=sets)
+    assert "| training loss of the last step | nan |" in report_markdown(diverged)
+    with RunDirectory(tmp_path / "run", config.resolved()) as run:
+        run.write("report.json", dataclasses.asdict(diverged))
+        text = (tmp_path / "run" / "report.json").read_text()
+        json.loads(text, parse_constant=pytest.fail)
+        read = Report(**run.read("report.json"))
+    assert np.isnan(read.final_loss) and read.learned == float("-inf") and read.sets["held_out"]["change"] == np.inf
+
+
+def test_saves_by_minutes(directory, tmp_path):
+    now = time.monotonic()
+    config = CheckpointConfig(every=None, minutes=2)
+    assert save_due(config, SimpleNamespace(last_time=now - 121), 1, None)
+    assert not save_due(config, SimpleNamespace(last_time=now - 60), 1, None)
+    checkpoint = {"every": None, "minutes": 1e-6, "keep_last": 9}
+    train(
+        tiny_config(directory, tmp_path / "run", checkpoint=checkpoint, training={"steps": 3}, evaluation={"sets": {}})
+    )
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"1", "2", "3"}
+
+
+def test_tokens_that_the_model_has_no_embedding_of_are_an_error(directory, tmp_path):
+    tokenizer = load_tokenizer(directory / "model")
+    tokenizer.add_tokens(["w60"])
+    known = (directory / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(known + json.dumps({"text": "w1 w60 w2"}) + "\n")
+    shutil.copytree(directory / "model", tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = {"sources": [{"path": str(tmp_path / "train.jsonl")}]}
+    config = tiny_config(
+        directory, tmp_path / "run", model={"path": str(tmp_path / "model")}, data=data, evaluation={"sets": {}}
+    )
+    with pytest.raises(JaxftError, match="token 64 .*embeds 64 .*0 to 63"):
+        train(config)
+    sets = {"a": {"path": str(tmp_path / "train.jsonl")}}
+    config = tiny_config(
+        directory, tmp_path / "run", model={"path": str(tmp_path / "model")}, evaluation={"sets": sets}
+    )
+    with pytest.raises(JaxftError, match="evaluation.sets.a: .*token 64"):
+        train(config)
+
+
 def test_epochs_become_steps_and_both_are_said(directory, tmp_path, capsys):
     train(tiny_config(directory, tmp_path / "run", training={"steps": None, "epochs": 0.5}, evaluation={"sets": {}}))
     assert "4 steps = 0.50 epochs of 8 steps" in capsys.readouterr().out
@@ -400,11 +452,9 @@ def test_records_after_the_restored_step_are_dropped(tmp_path):
     writer = JsonLines(path, step=2)
     writer.write(3, {"loss": 30.0, "bad": float("nan")})
     writer.close()
-    assert read_metrics(path) == [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 3, "loss": 30.0, "bad": "nan"},
-    ]
+    one, two, three = read_metrics(path)
+    assert one == {"step": 1, "loss": 1.0} and two == {"step": 2, "loss": 2.0}
+    assert three["loss"] == 30.0 and np.isnan(three["bad"]) and '"nan"' in path.read_text()  # JSON has no NaN
 
 
 def test_tensorboard_forgets_what_came_after_the_restored_step(tmp_path):
@@ -423,6 +473,23 @@ def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(JaxftError, match="pip install wandb"):
         make_writers(LoggingConfig(tensorboard=False, wandb=True), tmp_path, {}, 0)
+
+
+def test_wandb_gets_the_numbers_and_a_resumed_run_goes_on_with_its_own(tmp_path, monkeypatch):
+    calls = []  # wandb is no dependency: a module with the functions that are used stands in for it
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
+    module = SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = LoggingConfig(tensorboard=False, wandb=True, project="mine")
+    for step in (0, 5):
+        json_lines, wandb = make_writers(config, tmp_path, {"seed": 3}, step)
+        wandb.write(step + 1, {"loss": 2.5})
+        wandb.close()
+        json_lines.close()
+    first, second = calls[0], calls[3]
+    assert first == second and first["project"] == "mine" and first["config"] == {"seed": 3} and first["id"]
+    assert first["resume"] == "allow" and Path(first["dir"]) == tmp_path
+    assert calls[1:3] == [(1, {"loss": 2.5}), "finish"] and calls[4] == (6, {"loss": 2.5})
 
 
 # Compilation and signals
