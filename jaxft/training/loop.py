@@ -35,6 +35,7 @@ from jaxft.checkpoint import (
     stored_bytes,
 )
 from jaxft.data import DataConfig, TrainBatches, evaluation_batches, train_batches
+from jaxft.data.report import check_vocabulary
 from jaxft.distributed import (
     MeshConfig,
     ShardingReport,
@@ -224,6 +225,7 @@ def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job
             f"ends after {stream.total_steps} steps; raise data.epochs or set it to null"
         )
     model = load_model(settings.path)
+    check_vocabulary(stream.report, model.config.vocab_size)
     compute = dtype(settings.compute_dtype)
     loss = language_model_loss(
         model,
