@@ -240,7 +240,7 @@ def _agree(failure: str | None) -> None:
 
 def _move(temporary: Path, directory: Path) -> None:
     """Put the finished directory in its place; what was there is removed once the new one is."""
-    os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp makes it private
+    follow_umask(temporary)
     if directory.exists() and any(directory.iterdir()):
         old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
         os.replace(directory, old)
@@ -254,7 +254,9 @@ def _move(temporary: Path, directory: Path) -> None:
         os.replace(temporary, directory)
 
 
-def _umask() -> int:
+def follow_umask(directory: Path) -> None:
+    """Gives a directory and all in it the permissions that new files have: mkdtemp and safetensors make them private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (directory, *directory.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
