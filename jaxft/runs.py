@@ -27,6 +27,7 @@ from jaxft.checkpoint import CheckpointConfig, Checkpointer, checksums, fingerpr
 from jaxft.distributed import MeshConfig, make_mesh, tree_shardings
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model, load_pretrained, load_tokenizer, save_pretrained, to_host
+from jaxft.hub.save import follow_umask
 from jaxft.methods import Method, Probe, build, merge, unmerged_sites
 from jaxft.partition import Tuned, combine
 from jaxft.training.optimizer import evaluation_parameters, make_optimizer, make_schedule
@@ -246,6 +247,8 @@ def export(loaded: Loaded, output: str | Path, *, dtype: str | None = None, over
         found = _verify(loaded, temporary)
         if jax.process_index() == 0:
             _replace(temporary, output)
+    except (JaxftError, OSError) as error:  # of the directory that was asked for, not of the one beside it
+        raise JaxftError(str(error).replace(str(temporary), str(output))) from error
     finally:
         if jax.process_index() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -264,8 +267,7 @@ def refuse_occupied(output: Path, ours: str | None) -> None:
 
 
 def _replace(temporary: Path, output: Path) -> None:
-    for file in temporary.rglob("*"):  # safetensors makes files that only their owner can read
-        file.chmod(0o755 if file.is_dir() else 0o644)
+    follow_umask(temporary)
     aside = None
     if output.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent)) / "old"
@@ -364,14 +366,17 @@ def save_delta(loaded: Loaded, output: str | Path, *, overwrite: bool = False) -
     }
     if jax.process_index() == 0:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        temporary = None
         try:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
             save_file({n: np.ascontiguousarray(x) for n, x in stored.items()}, temporary / DELTA_WEIGHTS)
             (temporary / DELTA_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            os.chmod(temporary, 0o755)
             _replace(temporary, output)
+        except (OSError, SafetensorError) as error:
+            raise JaxftError(f"{output} could not be written: {error}") from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
     return sum(x.nbytes for x in stored.values())
 
 
