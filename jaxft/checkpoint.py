@@ -38,7 +38,11 @@ from jaxft.errors import JaxftError
 FORMAT = 1
 logger = logging.getLogger(__name__)
 # Orbax warns at every save between evaluations that it has no metric to rank it by; those checkpoints are not ranked.
-logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+# Its threads print the errors of a failed save, page after page, that `check` and `wait` raise as one sentence.
+logging.getLogger("absl").addFilter(
+    lambda record: "tracked_metric" not in record.getMessage() and "_SignalingThread" not in record.getMessage()
+)
+logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
 
 
 class CheckpointError(JaxftError):
@@ -187,6 +191,8 @@ def _seal(record: dict[str, Any]) -> str:
 
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if "No space left on device" in text or "quota exceeded" in text:
+        return "the disk is full"
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
@@ -478,7 +484,10 @@ class Checkpointer:
     def _failed(self, error: BaseException) -> CheckpointError:
         kept = [step for step in _complete_steps(self.directory) if step != self._last_saved]
         left = f"the last good checkpoint is {self.path(max(kept))}" if kept else "there is no earlier checkpoint"
-        return CheckpointError(f"saving a checkpoint to {self.directory} failed: {_reason(error)}; {left}")
+        return CheckpointError(
+            f"saving a checkpoint to {self.directory} failed: {_reason(error)}; {left}. "
+            "Make room or repair the disk; the same command then goes on from there"
+        )
 
     def check(self) -> None:
         """Raises CheckpointError if a save in the background has failed. Call it every step; it does not wait."""
