@@ -255,7 +255,7 @@ def _move(temporary: Path, directory: Path) -> None:
 
 
 def follow_umask(directory: Path) -> None:
-    """Gives a directory and all in it the permissions that new files have: mkdtemp and safetensors make them private."""
+    """Gives a directory and all in it the permissions of new files: mkdtemp and safetensors make them private."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (directory, *directory.rglob("*")):
