@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 # Orbax warns at every save between evaluations that it has no metric to rank it by; those checkpoints are not ranked.
 # Its threads print the errors of a failed save, page after page, that `check` and `wait` raise as one sentence.
 logging.getLogger("absl").addFilter(
-    lambda record: "tracked_metric" not in record.getMessage() and "_SignalingThread" not in record.getMessage()
+    lambda record: "tracked_metric" not in record.getMessage()
+    and not (record.exc_info and "/orbax/checkpoint/" in record.pathname)
 )
 logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
 
