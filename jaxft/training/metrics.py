@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxft.errors import JaxftError
-from jaxft.training.output import json_text, json_value
+from jaxft.training.output import OutputError, json_text, json_value, reason
 
 
 class LoggingConfig(BaseModel):
@@ -304,4 +304,10 @@ class Meter:
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self._writers:
-            writer.write(step, values)
+            try:
+                writer.write(step, values)
+            except OSError as error:
+                raise OutputError(
+                    f"the metrics of step {step} cannot be written: {reason(error)}. Make room or repair the disk; "
+                    "the same command then goes on from the last checkpoint"
+                ) from error

@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -42,19 +41,34 @@ class OutputError(JaxftError):
     """The output directory cannot be used: the message says which, why, and what to do."""
 
 
+def reason(error: OSError) -> str:
+    """Why the system refused to write, in words."""
+    return {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EROFS: "the file system is read-only",
+        errno.EACCES: "writing there is not permitted",
+        errno.EPERM: "writing there is not permitted",
+        errno.ENOTDIR: "a part of this path is a file",
+        errno.EEXIST: "it is a file",
+    }.get(error.errno or 0, error.strerror or str(error))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` to `path` through a temporary file and a rename: a reader sees the old file or the new one,
-    whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    whole. Raises OutputError if the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OutputError(f"{path} cannot be written: {reason(error)}") from error
         raise
 
 
@@ -139,6 +153,11 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     ]
 
 
+def _size(count: int) -> str:
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+    return f"{count / unit:.2f} {name}"
+
+
 class RunDirectory:
     """The output directory of one run, locked for this process until `close` (or until the process dies, however it
     does).
@@ -189,17 +208,8 @@ class RunDirectory:
         except OSError as error:
             with contextlib.suppress(OSError):
                 (self.path / ".probe").unlink()
-            reason = {
-                errno.ENOSPC: "the disk is full",
-                errno.EDQUOT: "the disk quota is used up",
-                errno.EROFS: "the file system is read-only",
-                errno.EACCES: "writing there is not permitted",
-                errno.EPERM: "writing there is not permitted",
-                errno.ENOTDIR: "a part of this path is a file",
-                errno.EEXIST: "it is a file",
-            }.get(error.errno or 0, error.strerror or str(error))
             raise OutputError(
-                f'output directory "{self.path}" cannot be written: {reason}. Set `output` to another directory.'
+                f'output directory "{self.path}" cannot be written: {reason(error)}. Set `output` to another directory.'
             ) from error
 
     def _acquire(self) -> None:
@@ -264,16 +274,14 @@ class RunDirectory:
         if "://" in directory or not self._writes:
             return None
         free = shutil.disk_usage(directory).free
-        gib = 2**30
         if free < checkpoint_bytes:
             raise OutputError(
-                f'the disk of "{directory}" has {free / gib:.2f} GiB free and one checkpoint takes '
-                f"{checkpoint_bytes / gib:.2f} GiB. "
+                f'the disk of "{directory}" has {_size(free)} free and one checkpoint takes {_size(checkpoint_bytes)}. '
                 "Free some space, or set `output` or `checkpoint.directory` to another disk."
             )
         if free < checkpoint_bytes * (kept + 1):
             return (
-                f"{free / gib:.2f} GiB are free for {kept} checkpoints of {checkpoint_bytes / gib:.2f} GiB each "
+                f"{_size(free)} are free for {kept} checkpoints of {_size(checkpoint_bytes)} each "
                 "and one being written; lower checkpoint.keep_last or checkpoint.keep_best"
             )
         return None

@@ -141,6 +141,17 @@ def test_params_of_another_model_are_refused(tmp_path):
         save_pretrained(tmp_path / "out", model.__class__(model.config.replace(intermediate_size=50)), params)
 
 
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):
+    model, params = load("llama3")
+    before = os.umask(0o027)
+    try:
+        save_pretrained(tmp_path / "out", model, params)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}
+
+
 def test_an_existing_result_is_kept_unless_asked(tmp_path):
     model, params = load("llama3")
     directory = tmp_path / "out"

@@ -1,6 +1,7 @@
 """The loop and what it writes: the run directory, metrics, evaluation, the report, and how it refuses."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ from jaxft.training import Interrupted, read_metrics, train
 from jaxft.training.compilation import CompilationLog, enable_compilation_cache
 from jaxft.training.loop import save_due
 from jaxft.training.metrics import JsonLines, LoggingConfig, Meter, TensorBoard, Terminal, make_writers
-from jaxft.training.output import OutputError, RunDirectory, config_differences, config_fingerprint
+from jaxft.training.output import OutputError, RunDirectory, config_differences, config_fingerprint, write_atomically
 from jaxft.training.preemption import StopRequest
 from jaxft.training.report import Report, report_markdown
 from tests.training.tiny import tiny_config, write_tiny
@@ -467,6 +468,18 @@ def test_tensorboard_forgets_what_came_after_the_restored_step(tmp_path):
         writer.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert {e.step: e.value for e in events.Scalars("loss")} == {1: 1.0, 2: 2.0, 3: 30.0}
+
+
+def test_metrics_on_a_full_disk_are_a_sentence(tmp_path):
+    def full(step, values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    meter = Meter([SimpleNamespace(write=full)], Terminal(1, 0, 1), 1, 1)
+    with pytest.raises(OutputError, match="metrics of step 0 cannot be written: the disk is full.*same command"):
+        meter.evaluation(0, {"a": {"loss": 1.0}})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/report.json cannot be written: a part of this path is a file"):
+        write_atomically(tmp_path / "file" / "report.json", "x")
 
 
 def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
