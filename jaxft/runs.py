@@ -30,9 +30,10 @@ from jaxft.hub import load_model, load_pretrained, load_tokenizer, save_pretrain
 from jaxft.hub.save import follow_umask
 from jaxft.methods import Method, Probe, build, merge, unmerged_sites
 from jaxft.partition import Tuned, combine
+from jaxft.structure import describe, left_out_of, rebuild, take_from_base, tuned_in
 from jaxft.training.optimizer import evaluation_parameters, make_optimizer, make_schedule
-from jaxft.training.precision import Precision
-from jaxft.training.state import TrainState, init_state, tuned_of
+from jaxft.training.precision import Precision, cast_floating, dtype
+from jaxft.training.state import TrainState, init_state, lay_out, tuned_of
 from jaxft.weights import Tree, materialize
 
 DELTA_FORMAT = 1
@@ -132,11 +133,10 @@ def load_run(directory: str | Path, *, base: str | None = None) -> Loaded:
         steps = checkpointer.steps()
         if not steps:
             raise JaxftError(f"{directory}: the run has no checkpoint yet; `jaxft train {directory}` goes on with it")
-        leaves = checkpointer.record(steps[-1])["leaves"]
+        document = checkpointer.record(steps[-1])
         optimizer = make_optimizer(config.training.optimizer, make_schedule(config.training.learning_rate, steps[-1]))
-        paths = {name.removeprefix("state.trainable.") for name in leaves if name.startswith("state.trainable.")}
-        state, frozen = _rewritten(build(config.method), params, model, optimizer, config.seed, precision, paths)
-        target = _shaped_as({"state": state, "frozen": frozen}, leaves)
+        method = build(config.method)
+        target = _target(document, method, params, model, optimizer, config.seed, precision)
         restored = checkpointer.restore(target, base=config.model.path)
     assert restored is not None  # it has steps
     state, frozen = restored.tree["state"], restored.tree["frozen"]
@@ -144,6 +144,39 @@ def load_run(directory: str | Path, *, base: str | None = None) -> Loaded:
     tuned = tuned_of(state._replace(trainable=trainable), frozen)
     tokenizer = load_tokenizer(config.model.path)
     return Loaded(model, tokenizer, combine(tuned), params, tuned, config, restored.step, str(directory))
+
+
+def _target(
+    document: Mapping[str, Any],
+    method: Method,
+    params: Tree,
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    precision: Precision,
+) -> Tree:
+    """What the checkpoint of a document is restored into: abstract, with what it leaves to the base taken from it."""
+    if (tuned := tuned_in(document)) is not None:
+        key, axes = jax.random.key(seed), model.logical_axes()
+        state, frozen = lay_out(tuned, method, optimizer, key, local_mesh(), logical_axes=axes)
+        frozen = take_from_base(frozen, left_out_of(document), params, _base_sums(params, precision))
+        if frozen is not None:
+            return {"state": state, "frozen": frozen}
+    leaves = document["leaves"]
+    paths = {name.removeprefix("state.trainable.") for name in leaves if name.startswith("state.trainable.")}
+    state, frozen = _rewritten(method, params, model, optimizer, seed, precision, paths)
+    return _shaped_as({"state": state, "frozen": frozen}, leaves)
+
+
+def _base_sums(params: Tree, precision: Precision) -> dict[str, str]:
+    """Checksums of the base, and of its arrays in the dtype that frozen weights are kept in (`"PATH cast"`)."""
+    sums = checksums(params)
+    if precision.frozen_dtype not in (None, precision.param_dtype):
+        cast = dtype(precision.frozen_dtype)
+        sums |= {
+            f"{name} cast": checksums({"x": cast_floating(x, cast)})["x"] for name, x in named_leaves(params).items()
+        }
+    return sums
 
 
 def _rewritten(
@@ -340,13 +373,14 @@ def save_delta(loaded: Loaded, output: str | Path, *, overwrite: bool = False) -
     leaves = named_leaves(halves)
     base_sums = checksums(loaded.base)
     trained_bytes = sum(x.nbytes for x in jax.tree.leaves(loaded.tuned.trainable))
-    left_out = rebuildable(loaded.tuned.frozen, base_sums, trained_bytes)
+    config, settings = loaded.config, loaded.config.model
+    precision = Precision(settings.param_dtype, settings.frozen_dtype, settings.compute_dtype)
+    left_out = rebuildable(loaded.tuned.frozen, _base_sums(loaded.base, precision), trained_bytes)
     stored = {
         n: np.asarray(to_host(x))
         for n, x in leaves.items()
         if n.startswith("trainable.") or n.removeprefix("frozen.") not in left_out
     }
-    config, settings = loaded.config, loaded.config.model
     record = {
         "format": DELTA_FORMAT,
         "jaxft": importlib.metadata.version("jaxft") if _installed() else "source",
@@ -360,9 +394,15 @@ def save_delta(loaded: Loaded, output: str | Path, *, overwrite: bool = False) -
         "frozen_dtype": settings.frozen_dtype,
         "compute_dtype": settings.compute_dtype,
         "leaves": {
-            name: {"shape": list(x.shape), "dtype": str(x.dtype), "stored": name in stored}
+            name: {
+                "shape": list(x.shape),
+                "dtype": str(x.dtype),
+                "stored": name in stored,
+                "checksum": left_out.get(name.removeprefix("frozen."), ""),
+            }
             for name, x in leaves.items()
         },
+        "structure": describe(halves),
     }
     if jax.process_index() == 0:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -421,19 +461,38 @@ def load_delta(directory: str | Path, *, base: str | None = None) -> Loaded:
     missing = sorted(name for name, leaf in leaves.items() if leaf["stored"] and name not in stored)
     if missing:
         raise JaxftError(f"{directory / DELTA_WEIGHTS} lacks arrays that {DELTA_RECORD} lists: {missing[:5]}")
-    trained = {name.removeprefix("trainable.") for name in leaves if name.startswith("trainable.")}
-    state, frozen = _rewritten(
-        build(record["method"]), params, model, optax.identity(), record["seed"], precision, trained
-    )
-    halves = {"trainable": state.trainable, "frozen": frozen}
+    if (found := _described_halves(record, params, precision)) is not None:
+        halves, method_state = found, ()
+    else:
+        trained = {name.removeprefix("trainable.") for name in leaves if name.startswith("trainable.")}
+        state, frozen = _rewritten(
+            build(record["method"]), params, model, optax.identity(), record["seed"], precision, trained
+        )
+        halves, method_state = {"trainable": state.trainable, "frozen": frozen}, state.method_state
     named = named_leaves(halves)
     if sorted(named) != sorted(leaves):
         odd = sorted(set(named) ^ set(leaves))
         raise JaxftError(f"{directory}: its arrays are not those that its method makes of {path}: {odd[:5]}")
     values = [jax.device_put(stored[n], _place(x, stored[n])) if leaves[n]["stored"] else x for n, x in named.items()]
     halves = jax.tree.unflatten(jax.tree.structure(halves), values)
-    tuned = Tuned(halves["trainable"], halves["frozen"], state.method_state)
+    tuned = Tuned(halves["trainable"], halves["frozen"], method_state)
     return Loaded(model, load_tokenizer(path), combine(tuned), params, tuned, None, record["step"], str(directory))
+
+
+def _described_halves(record: Mapping[str, Any], params: Tree, precision: Precision) -> Tree | None:
+    """Both halves of a delta's cut, abstract but for what is taken from the base; None where the record cannot say."""
+    if record.get("structure") is None:
+        return None
+    leaves, one_device = record["leaves"], jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def abstract(name: str) -> jax.ShapeDtypeStruct:
+        leaf = leaves[name]
+        return jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=one_device)
+
+    halves = jax.tree.map(abstract, rebuild(record["structure"]))
+    left_out = {name: leaf["checksum"] for name, leaf in leaves.items() if not leaf["stored"]}
+    frozen = take_from_base(halves["frozen"], left_out, params, _base_sums(params, precision))
+    return None if frozen is None else {**halves, "frozen": frozen}
 
 
 def _place(like: jax.Array, value: np.ndarray) -> Any:

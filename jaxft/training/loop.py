@@ -52,6 +52,8 @@ from jaxft.errors import JaxftError, nearest
 from jaxft.evaluation import EvaluationConfig, Results, against_base, make_evaluation
 from jaxft.hub import load_model, load_pretrained, load_tokenizer
 from jaxft.methods import Method, Probe, Signals, build, count_trainable, wrap_optimizer
+from jaxft.partition import Tuned
+from jaxft.structure import cut_structure, left_out_of, take_from_base, tuned_in
 from jaxft.training.compilation import CompilationLog, enable_compilation_cache
 from jaxft.training.loss import Loss, language_model_loss
 from jaxft.training.metrics import LoggingConfig, Meter, Terminal, make_writers, memory_bytes, read_metrics
@@ -66,7 +68,7 @@ from jaxft.training.output import RunDirectory, config_fingerprint
 from jaxft.training.precision import Precision, cast_floating, dtype
 from jaxft.training.preemption import Interrupted, StopRequest
 from jaxft.training.report import Report, report_markdown
-from jaxft.training.state import TrainState, abstract, abstract_state, init_state, parameters, shardings_of, tuned_of
+from jaxft.training.state import TrainState, abstract, init_state, lay_out, parameters, shardings_of, tuned_of
 from jaxft.training.step import Schedule, TrainStep, make_train_step
 from jaxft.weights import materialize
 
@@ -368,6 +370,7 @@ def run_job(
             "method": config.method,
             "data": stream.get_state().decode(),
             "results": results,
+            "structure": cut_structure(tuned_of(state, frozen)),
         }
         metric = watched(config, results) if results else None
         checkpointer.save(step, {"state": state, "frozen": frozen}, record, begun.left_out, metric)
@@ -442,27 +445,46 @@ def begin(job: Job, run: RunDirectory, checkpointer: Checkpointer) -> Begun:
 
 
 def from_checkpoint(job: Job, run: RunDirectory, checkpointer: Checkpointer) -> Begun | None:
-    """Goes on from a checkpoint that holds everything, without loading the base model; None where that cannot be."""
+    """Goes on from a checkpoint that holds everything, without loading the base model; None where that cannot be.
+
+    The method's `init` does not run again: the checkpoint says what its arrays make up.
+    """
     steps, base_results = checkpointer.steps(), run.read("baseline.json")
     if not steps or base_results is None:
         return None
     try:
-        leaves = checkpointer.record(steps[-1])["leaves"].values()
-        if any(leaf["checksum"] and not leaf["stored"] for leaf in leaves):
+        record = checkpointer.record(steps[-1])
+        if left_out_of(record) or (tuned := tuned_in(record)) is None:
             return None
-        state, frozen = abstract_state(
-            job.method,
-            job.model.abstract(job.precision.param_dtype),
-            job.optimizer,
-            jax.random.key(job.config.seed),
-            job.mesh,
-            logical_axes=job.model.logical_axes(),
-            probe=Probe(total_steps=job.steps),
-            precision=job.precision,
-        )
+        state, frozen = laid_out(job, tuned)
         return restored_from(job, checkpointer, state, frozen, {}, "unknown", base_results)
-    except JaxftError:  # the method needs data or weights to know its shapes, or an older checkpoint needs the base
+    except JaxftError:  # it cannot be read, or an older checkpoint is the good one, and needs the base
         return None
+
+
+def laid_out(job: Job, tuned: Tuned) -> tuple[TrainState, PyTree]:
+    """The abstract state and frozen half of an abstract cut, where the run would have put them."""
+    key, axes = jax.random.key(job.config.seed), job.model.logical_axes()
+    return lay_out(tuned, job.method, job.optimizer, key, job.mesh, logical_axes=axes)
+
+
+def from_checkpoint_on_base(
+    job: Job, checkpointer: Checkpointer, params: PyTree, base_sums: Mapping[str, str]
+) -> tuple[TrainState, PyTree, dict[str, str]] | None:
+    """What the latest checkpoint is restored into, with the leaves it leaves out taken from the base; None if unknown.
+
+    So that a method that searched before it selected does not search again.
+    """
+    try:
+        documents = [checkpointer.record(step) for step in checkpointer.steps()]
+    except JaxftError:  # restoring will say what is wrong with it
+        return None
+    if (tuned := tuned_in(documents[-1])) is None:
+        return None
+    left_out = {name: value for document in documents for name, value in left_out_of(document).items()}
+    state, frozen = laid_out(job, tuned)
+    frozen = take_from_base(frozen, left_out, params, base_sums)
+    return None if frozen is None else (state, frozen, left_out)
 
 
 def from_base(job: Job, run: RunDirectory, checkpointer: Checkpointer) -> Begun:
@@ -472,6 +494,11 @@ def from_base(job: Job, run: RunDirectory, checkpointer: Checkpointer) -> Begun:
     base_sums = checksums(params)
     base = f"{job.config.model.path} ({fingerprint(base_sums)})"
     base_sums |= _cast_sums(job.precision, params)
+    if checkpointer.steps() and (made := from_checkpoint_on_base(job, checkpointer, params, base_sums)) is not None:
+        state, frozen, left_out = made
+        del params
+        begun = restored_from(job, checkpointer, state, frozen, left_out, base, base_results)
+        return dataclasses.replace(begun, warnings=(*str(not_divided).splitlines(), *begun.warnings))
     state, frozen = start(job, job.method, params, donate=True)
     del params  # what is frozen lives on in `frozen`, the rest is free
     left_out = rebuildable(frozen, base_sums, sum(x.nbytes for x in jax.tree.leaves(state.trainable)))

@@ -86,7 +86,7 @@ def abstract_state(
     Raises:
         JaxftError: the method leaves nothing to train, or needs values (data, weights) to know its own shapes.
     """
-    method_rng, step_rng = jax.random.split(rng)
+    method_rng, _ = jax.random.split(rng)
     try:
         tuned = jax.eval_shape(lambda params: cast_tuned(method.init(method_rng, params, probe), precision), params)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
@@ -96,6 +96,22 @@ def abstract_state(
         ) from error
     if not jax.tree.leaves(tuned.trainable):
         raise JaxftError("the method leaves nothing to train")
+    return lay_out(tuned, method, optimizer, rng, mesh, logical_axes=logical_axes, rules=rules, report=report)
+
+
+def lay_out(
+    tuned: Tuned,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    rng: PRNGKeyArray,
+    mesh: Mesh,
+    *,
+    logical_axes: Tree | None = None,
+    rules: Rules = RULES,
+    report: ShardingReport | None = None,
+) -> tuple[TrainState, Tree]:
+    """The abstract state and frozen half, with shardings, of an abstract cut; arguments as of `init_state`."""
+    _, step_rng = jax.random.split(rng)
     shardings = tuned_shardings(tuned, logical_axes, mesh, rules=rules, report=report)
     opt_state = jax.eval_shape(wrap_optimizer(method, optimizer).init, tuned.trainable)
     opt_places = optimizer_shardings(opt_state, tuned.trainable, shardings.trainable, mesh)
