@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -29,10 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import Array, PyTree, Shaped
 from orbax.checkpoint import checkpoint_managers
 from pydantic import BaseModel, ConfigDict, Field
 
+from jaxft.distributed import ProcessError, barrier, from_first, gather, in_step
 from jaxft.errors import JaxftError
 
 FORMAT = 1
@@ -40,8 +43,10 @@ logger = logging.getLogger(__name__)
 # Orbax warns at every save between evaluations that it has no metric to rank it by; those checkpoints are not ranked.
 # Its threads print the errors of a failed save, page after page, that `check` and `wait` raise as one sentence.
 logging.getLogger("absl").addFilter(
-    lambda record: "tracked_metric" not in record.getMessage()
-    and not (record.exc_info and "/orbax/checkpoint/" in record.pathname)
+    lambda record: (
+        "tracked_metric" not in record.getMessage()
+        and not (record.exc_info and "/orbax/checkpoint/" in record.pathname)
+    )
 )
 logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
 
@@ -255,10 +260,21 @@ class Checkpointer:
         )
         keep = checkpoint_managers.AnyPreservationPolicy([latest, best]) if self._best else latest
         self._worst = math.inf if config.mode == "min" else -math.inf
+        count = jax.process_count()
+        self._make_directory()
+        # Naming the processes makes Orbax meet through JAX's coordination service, with a time limit; by default it
+        # meets in collectives on the devices, which wait for ever for a process that is lost or a step behind.
+        together = ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
+        self._handlers = {
+            "arrays": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, multiprocessing_options=together),
+            "record": ocp.JsonCheckpointHandler(multiprocessing_options=together),
+        }
         try:
             self.manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
+                    create=False,
+                    multiprocessing_options=together,
                     preservation_policy=keep,
                     best_fn=(lambda metrics: metrics["value"])
                     if self._best
@@ -269,15 +285,55 @@ class Checkpointer:
                     enable_async_checkpointing=True,
                 ),
                 item_names=("arrays", "record"),
-                item_handlers={
-                    "arrays": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True),
-                    "record": ocp.JsonCheckpointHandler(),
-                },
+                item_handlers=self._handlers,
             )
         except OSError as error:
             raise CheckpointError(f"checkpoint directory {self.directory} cannot be used: {_reason(error)}") from error
         self._last_saved: int | None = None
         self.last_time = time.monotonic()
+
+    def _make_directory(self) -> None:
+        """Makes the directory, without what a killed run left unfinished, and checks that every process sees it.
+
+        Raises:
+          CheckpointError: it cannot be made, or is on a disk that not all processes share.
+        """
+        mark = None
+
+        def make() -> None:
+            nonlocal mark
+            if jax.process_index():
+                return
+            try:
+                path = epath.Path(self.directory)
+                path.mkdir(parents=True, exist_ok=True)
+                for unfinished in path.glob("*.orbax-checkpoint-tmp*"):  # Orbax does so too, but some time later
+                    unfinished.rmtree(missing_ok=True)
+                if jax.process_count() > 1:
+                    mark = path / f".shared-{os.getpid()}-{time.time_ns()}"
+                    mark.touch()
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint directory {self.directory} cannot be used: {_reason(error)}"
+                ) from error
+
+        in_step("the checkpoint directory", make)
+        if jax.process_count() == 1:
+            return
+        name = from_first("the mark in the checkpoint directory", mark.name if mark else "")
+        found = epath.Path(self.directory) / name
+        deadline = time.monotonic() + 10  # a network file system may show it late
+        while not (seen := found.exists()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        blind = [index for index, saw in enumerate(gather("who sees the mark", seen)) if not saw]
+        if mark is not None:
+            mark.unlink(missing_ok=True)
+        if blind:
+            raise CheckpointError(
+                f"checkpoint directory {self.directory} of process 0 is not seen by process "
+                f"{', '.join(map(str, blind[:20]))} of {jax.process_count()}: set checkpoint.directory (or output) to "
+                "one that all machines share, such as a network file system or gs://bucket/path"
+            )
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -287,6 +343,8 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
+        elif isinstance(error, Exception) and jax.process_count() > 1:
+            pass  # the others may be gone or elsewhere, and closing would wait for them
         else:  # the error that is on its way matters more than one of the save
             try:
                 self.close()
@@ -299,7 +357,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending. They are complete, not yet verified."""
-        return sorted(self.manager.all_steps())
+        return from_first("steps of checkpoints", sorted(self.manager.all_steps()))
 
     def best_step(self) -> int | None:
         """Step of the best complete checkpoint, None when none was saved with a metric."""
@@ -375,7 +433,7 @@ class Checkpointer:
         for step in reversed(self.steps()):
             try:
                 tree, record = self._restore(step, target, base)
-            except CheckpointError as error:
+            except (CheckpointError, ProcessError) as error:
                 refused.append((step, str(error)))
                 continue
             warnings = tuple(f"{reason}; resuming from step {step} instead" for _, reason in refused)
@@ -399,7 +457,8 @@ class Checkpointer:
         """
         refusal = f"checkpoint {self.path(step)} is refused: "
         try:
-            document = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            # By the handler itself: the manager would meet the other processes, which may have failed to read.
+            document = self._handlers["record"].restore(epath.Path(self.path(step)) / "record")
         except Exception as error:
             raise CheckpointError(f"{refusal}its record cannot be read ({_reason(error)})") from error
         if not isinstance(document, dict) or "seal" not in document:
@@ -414,7 +473,7 @@ class Checkpointer:
 
     def _restore(self, step: int, target: PyTree, base: str | None) -> tuple[PyTree, dict[str, Any]]:
         refusal = f"checkpoint {self.path(step)} is refused: "
-        document = self.record(step)
+        document = in_step(f"record of checkpoint {step}", lambda: self.record(step))
         wanted, found = named_leaves(target), document["leaves"]
         differing = differences({name: _describe(leaf) for name, leaf in wanted.items()}, found)
         if differing:
@@ -422,17 +481,18 @@ class Checkpointer:
         self._require_rebuilt(refusal, wanted, document, base)
         stored = [name for name, leaf in found.items() if leaf["stored"]]
         abstract = {name: _abstract_plain(wanted[name]) for name in stored}
-        try:
-            arrays = self.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.PyTreeRestore(
-                        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
-                    )
-                ),
-            )["arrays"]
-        except Exception as error:
-            raise CheckpointError(f"{refusal}its arrays are truncated or damaged ({_reason(error)})") from error
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+
+        def read() -> dict[str, Any]:
+            try:
+                return self._handlers["arrays"].restore(
+                    epath.Path(self.path(step)) / "arrays",
+                    args=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args),
+                )
+            except Exception as error:
+                raise CheckpointError(f"{refusal}its arrays are truncated or damaged ({_reason(error)})") from error
+
+        arrays = in_step(f"arrays of checkpoint {step}", read)
         damaged = [name for name, value in checksums(arrays).items() if value != found[name]["checksum"]]
         if damaged:
             raise CheckpointError(
@@ -480,6 +540,7 @@ class Checkpointer:
             aside.mkdir(exist_ok=True)
             shutil.rmtree(aside / str(step), ignore_errors=True)
             source.rename(aside / str(step))
+        barrier(f"checkpoint {step} set aside")
         self.manager.reload()
 
     def _failed(self, error: BaseException) -> CheckpointError:

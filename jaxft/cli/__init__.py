@@ -2,6 +2,8 @@
 
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 import typer
 
@@ -44,12 +46,21 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         message = _message(error)
         if debug or message is None:
-            raise
+            traceback.print_exc()
+            _exit(1)
         from rich.console import Console
 
         # soft_wrap keeps a long line whole, so that a path in it can be copied.
         Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _exit(2)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends with `code`. A process of a job does not wait for the others on its way out: they may be gone."""
+    processes = sys.modules.get("jaxft.distributed.processes")
+    if processes is not None:
+        processes.leave(code)
+    sys.exit(code)
 
 
 def _message(error: Exception) -> str | None:

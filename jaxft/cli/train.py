@@ -23,6 +23,20 @@ def train(
         bool,
         typer.Option("--overwrite", help="Replace the run that the output directory holds, instead of resuming it."),
     ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Several processes, where nothing tells them of each other: the address of process 0.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="How many processes there are, or must be where that is detected."),
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option(min=0, metavar="I", help="The number of this process, from 0.")
+    ] = None,
 ) -> None:
     """Fine-tune a model as a YAML file says.
 
@@ -42,6 +56,11 @@ def train(
         jaxft train run.yaml --check      (what would run, and whether it can)
 
         jaxft train run.yaml --smoke      (does the recipe work at all?)
+
+    On several machines every process runs the same command: nothing is to be added on Cloud TPU slices, GKE, Slurm
+    and Open MPI. Elsewhere (the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID do the same):
+
+        jaxft train run.yaml --coordinator 10.0.0.2:8476 --processes 2 --process-id 0
     """
     if smoke:
         import os
@@ -60,6 +79,8 @@ def train(
 
         typer.echo(yaml.safe_dump(loaded.resolved(), sort_keys=False, allow_unicode=True), nl=False)
         return
+    from jaxft.distributed import initialize
     from jaxft.training import train as run
 
+    initialize(coordinator, processes, process_id)
     run(loaded, overwrite=overwrite)

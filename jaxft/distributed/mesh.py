@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 
 import jax
@@ -37,6 +36,11 @@ class MeshConfig(BaseModel):
     sequence: int = Field(1, description="Devices that share the positions of a sequence.")
     expert: int = Field(1, description="Devices that share the experts of a mixture.")
     dcn: int = Field(1, ge=1, description="Slices joined by the data-centre network. They divide the data axis.")
+    process_timeout: float = Field(
+        60.0,
+        ge=1,
+        description="Seconds without a sign of life after which a process is taken for lost and the others stop.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -126,33 +130,6 @@ def _slices(shape: tuple[int, ...], dcn: int, devices: list[jax.Device]) -> np.n
         raise MeshError(f"mesh.dcn = {dcn}, but the devices form {len(slices)} slices; set dcn: {len(slices)}")
     _logger.warning("the devices name no slices: mesh.dcn = %d cuts them in order", dcn)
     return np.asarray(devices).reshape(shape)
-
-
-def initialize() -> None:
-    """Join the processes of a job through `jax.distributed`; nothing to do for a single process.
-
-    Coordinator and process numbers are read from the environment: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` when set, else what JAX detects (TPU pods, Slurm, GKE, Open MPI). Call it before anything that
-    touches devices.
-    """
-    if jax.distributed.is_initialized():
-        return
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address:
-        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        if count is None or index is None:
-            raise MeshError("JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be too")
-        jax.distributed.initialize(address, int(count), int(index))
-    elif _in_a_job():
-        jax.distributed.initialize()
-
-
-def _in_a_job() -> bool:
-    """Whether the environment describes more than one process, in a way that JAX's own detection understands."""
-    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
-    mpi = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-    return "," in workers or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ or slurm or mpi
 
 
 def data_partition(mesh: Mesh) -> tuple[int, int]:

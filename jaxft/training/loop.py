@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,13 +38,19 @@ from jaxft.data.report import check_vocabulary
 from jaxft.distributed import (
     MeshConfig,
     ShardingReport,
+    agree,
+    barrier,
     check_batch,
     data_partition,
+    from_first,
+    in_step,
     initialize,
     make_mesh,
     row_shards,
+    set_process_timeout,
     shard_batch,
     shard_tree,
+    together,
     tree_shardings,
 )
 from jaxft.errors import JaxftError, nearest
@@ -55,6 +60,7 @@ from jaxft.methods import Method, Probe, Signals, build, count_trainable, wrap_o
 from jaxft.partition import Tuned
 from jaxft.structure import cut_structure, left_out_of, take_from_base, tuned_in
 from jaxft.training.compilation import CompilationLog, enable_compilation_cache
+from jaxft.training.consistency import file_facts, start_facts
 from jaxft.training.loss import Loss, language_model_loss
 from jaxft.training.metrics import LoggingConfig, Meter, Terminal, make_writers, memory_bytes, read_metrics
 from jaxft.training.optimizer import (
@@ -155,9 +161,13 @@ def train(config: RunSettings, *, overwrite: bool = False) -> Report:
       Interrupted: SIGTERM or SIGINT came; a checkpoint was saved and the same command resumes.
     """
     initialize()
+    set_process_timeout(config.mesh.process_timeout)
     enable_compilation_cache()
     resolved = config.resolved()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(together())
+        if jax.process_count() > 1:
+            agree("configuration or code", start_facts(resolved))
         run = stack.enter_context(RunDirectory(config.output, resolved, overwrite=overwrite))
         if (found := run.read("report.json")) is not None:
             report = Report(**found)
@@ -207,6 +217,8 @@ def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job
     """Loads model and data, builds method, optimizer, loss and evaluation. Compiles nothing large."""
     training, settings = config.training, config.model
     check_batch(config.data.batch_size, config.data.seq_len, mesh, training.accumulation)
+    if jax.process_count() > 1:
+        agree("their files", file_facts(config))
     precision = Precision(settings.param_dtype, settings.frozen_dtype, settings.compute_dtype)
     method = build(config.method)
     tokenizer = load_tokenizer(settings.path)
@@ -216,6 +228,7 @@ def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job
         return train_batches(config.data, tokenizer, seed=config.seed, process_index=index, process_count=count)
 
     stream = batches()
+    agree("the training data as read", {"tokens": json.loads(stream.get_state())["data"]})
     per_epoch = stream.steps_per_epoch
     steps = training.steps
     if steps is None:
@@ -236,6 +249,7 @@ def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job
         attention=settings.attention,
         z_loss=training.z_loss,
         row_shards=row_shards(mesh),
+        router_aux_loss=settings.router_aux_loss,
     )
 
     def set_batches(name: str) -> Iterator[Mapping[str, Any]]:
@@ -414,6 +428,7 @@ def run_job(
                 f"stopped after step {step} of {total} and saved {checkpointer.path(step)}; the same command resumes"
             )
             terminal.say(message)
+            barrier("the end of the run")
             raise Interrupted(asked, message)
     profile(config.training.profile, total + 1, first, run.path)
     checkpointer.wait()
@@ -453,7 +468,7 @@ def from_checkpoint(job: Job, run: RunDirectory, checkpointer: Checkpointer) -> 
     if not steps or base_results is None:
         return None
     try:
-        record = checkpointer.record(steps[-1])
+        record = in_step("the latest record", lambda: checkpointer.record(steps[-1]))
         if left_out_of(record) or (tuned := tuned_in(record)) is None:
             return None
         state, frozen = laid_out(job, tuned)
@@ -476,7 +491,7 @@ def from_checkpoint_on_base(
     So that a method that searched before it selected does not search again.
     """
     try:
-        documents = [checkpointer.record(step) for step in checkpointer.steps()]
+        documents = [in_step(f"record {step}", lambda s=step: checkpointer.record(s)) for step in checkpointer.steps()]
     except JaxftError:  # restoring will say what is wrong with it
         return None
     if (tuned := tuned_in(documents[-1])) is None:
@@ -618,8 +633,8 @@ def save_due(config: CheckpointConfig, checkpointer: Checkpointer, step: int, re
     """Whether to save after `step`: by steps, by minutes, or because there is something to rank it by."""
     by_steps = config.every is not None and step % config.every == 0
     by_time = config.minutes is not None and time.monotonic() - checkpointer.last_time >= 60 * config.minutes
-    if jax.process_count() > 1 and config.minutes is not None:  # clocks differ: the first process decides
-        by_time = bool(multihost_utils.broadcast_one_to_all(np.asarray(by_time)))
+    if config.minutes is not None:  # clocks differ: the first process decides
+        by_time = from_first("the clock", by_time)
     return by_steps or by_time or (bool(results) and config.keep_best > 0)
 
 
@@ -666,7 +681,7 @@ def finish(
     """Writes and returns the report of a run whose last step is saved."""
     kinds = {name: one.kind for name, one in job.config.evaluation.sets.items()}
     compared = against_base(results, {name: begun.base_results[name] for name in results}, kinds)
-    records = read_metrics(run.path / "metrics.jsonl")
+    records = read_metrics(run.path / "metrics.jsonl") if jax.process_index() == 0 else []
     steps = [r for r in records if "loss" in r]
     peak, of = memory_bytes()
     report = Report(
@@ -688,6 +703,7 @@ def finish(
         output=str(run.path),
         **counts,
     )
+    report = Report(**from_first("the report", dataclasses.asdict(report)))
     run.write("report.md", report_markdown(report))
     run.write("report.json", dataclasses.asdict(report))
     terminal.close()

@@ -31,7 +31,7 @@ class StopRequest:
     """While entered, SIGTERM and SIGINT are noted instead of ending the process. A second one acts as it used to.
 
     With several processes SIGTERM belongs to JAX's preemption service, which every process asks at every step, so that
-    all of them stop after the same step although only one was told.
+    all of them stop after the same step although only one was told. SIGINT is passed on to it.
     """
 
     def __init__(self) -> None:
@@ -50,6 +50,8 @@ class StopRequest:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
+        if number == signal.SIGINT and jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         os.write(2, b"\nstopping after this step and saving; the same signal again stops at once\n")
 
     def _restore(self) -> None:

@@ -8,7 +8,6 @@ import pytest
 from pydantic import ValidationError
 
 from jaxft.distributed import AXES, MeshConfig, MeshError, data_partition, make_mesh
-from jaxft.distributed.mesh import initialize
 
 
 @pytest.mark.parametrize(
@@ -99,17 +98,3 @@ def test_rows_that_cannot_be_divided_among_processes_are_refused(processes):
     # rows in the order of the mesh: unequal shares, or shares that do not follow one another
     with pytest.raises(MeshError, match="cannot be divided among the processes"):
         data_partition(fake_mesh((4, 1, 1, 1, 1), processes))
-
-
-def test_a_coordinator_without_process_numbers_is_refused(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
-    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
-    with pytest.raises(MeshError, match="JAX_NUM_PROCESSES"):
-        initialize()
-
-
-def test_a_single_process_needs_no_initialisation(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    initialize()
-    assert not jax.distributed.is_initialized()

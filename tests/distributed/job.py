@@ -1,0 +1,134 @@
+"""Jobs of several processes on this machine, each forked from a server that has imported everything already."""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxft.cli import main
+from jaxft.data import TrainBatches
+from jaxft.training import train
+from tests.training.tiny import tiny_config
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.distributed.job"])
+
+
+class Job:
+    """`count` processes of `devices` CPU devices each, started with `target(rank, *arguments)`.
+
+    Each one's output is in `<directory>/<rank>.log`.
+    """
+
+    def __init__(self, directory: Path, count: int, devices: int, target: Callable, *arguments: Any, ranks=None):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.count = directory, count
+        port = free_port()
+        self.processes = {
+            rank: _context.Process(
+                target=_enter, args=(directory / f"{rank}.log", port, count, rank, devices, target, *arguments)
+            )
+            for rank in (range(count) if ranks is None else ranks)
+        }
+        for process in self.processes.values():
+            process.start()
+
+    def log(self, rank: int) -> str:
+        return (self.directory / f"{rank}.log").read_text()
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {rank}\n{self.log(rank)[-4000:]}" for rank in self.processes)
+
+    def wait(self, timeout: float = 100) -> list[int | None]:
+        """The exit codes, after all have ended."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes.values():
+            process.join(max(deadline - time.monotonic(), 0.01))
+        codes = [process.exitcode for process in self.processes.values()]
+        self.kill()
+        assert None not in codes, f"still running after {timeout} s: {codes}\n{self.logs()}"
+        return codes
+
+    def finish(self, timeout: float = 100) -> None:
+        codes = self.wait(timeout)
+        assert codes == [0] * len(codes), f"{codes}\n{self.logs()}"
+
+    def send(self, rank: int, number: int, when: Callable[[], bool], timeout: float = 100) -> None:
+        """Sends a signal to one process as soon as `when()`."""
+        deadline = time.monotonic() + timeout
+        while not when():
+            assert all(p.is_alive() for p in self.processes.values()) and time.monotonic() < deadline, self.logs()
+            time.sleep(0.002)
+        os.kill(self.processes[rank].pid, number)
+
+    def kill(self) -> None:
+        for process in self.processes.values():
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def steps_done(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"grad_norm") if path.exists() else 0
+
+
+def _enter(log: Path, port: int, count: int, rank: int, devices: int, target: Callable, *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"  # read at the first use of a device
+    os.environ |= {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(rank),
+    }
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        target(rank, *arguments)
+    finally:
+        atexit._run_exitfuncs()  # as at the end of a program of its own; multiprocessing leaves them out
+
+
+def train_all(_rank: int, directory: Path, runs: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Several runs, one after the other, in the same job."""
+    for output, sections in runs:
+        train(tiny_config(directory, output, **sections))
+
+
+def train_slowly(rank: int, directory: Path, output: Path, sections: dict[str, Any], seconds: float) -> None:
+    """A run whose steps take `seconds` or longer, so that a signal can meet it."""
+    following = TrainBatches.__next__
+
+    def after_a_while(self: TrainBatches) -> Any:
+        time.sleep(seconds)
+        return following(self)
+
+    TrainBatches.__next__ = after_a_while
+    train_all(rank, directory, [(output, sections)])
+
+
+def command(_rank: int, *arguments: str) -> None:
+    """The command line, as a shell would start it."""
+    main(list(arguments))
