@@ -73,6 +73,12 @@ class ModelConfig(BaseModel):
         "all of a layer, which "
         "needs the least memory; offload: as dots, kept in host memory.",
     )
+    router_aux_loss: float | None = Field(
+        None,
+        ge=0,
+        description="Coefficient of the load-balancing loss of a mixture of experts; null: `router_aux_loss_coef` of "
+        "the model's config.json if `output_router_logits` is set there, else 0.",
+    )
 
 
 def _method_options(value: Any) -> MethodOptions:

@@ -37,6 +37,7 @@ from jaxft.weights import (
     Tree,
     Weight,
     gather_blocks,
+    gather_rows,
     materialize,
     split_layers,
 )
@@ -65,8 +66,11 @@ class Roles:
 DECODER_ROLES = Roles(
     names={
         "attention": "layers.attn.{q,k,v,o}.kernel",
-        "mlp": "layers.mlp.{gate,up,down}.kernel",
-        "linear": "layers.attn.{q,k,v,o}.kernel|layers.mlp.{gate,up,down}.kernel",
+        "mlp": "layers.mlp.{gate,up,down}.kernel|layers.mlp.experts.{gate,up,down}.kernel",
+        "linear": "layers.attn.{q,k,v,o}.kernel|layers.mlp.{gate,up,down}.kernel|"
+        "layers.mlp.experts.{gate,up,down}.kernel",
+        "experts": "layers.mlp.experts.{gate,up,down}.kernel",
+        "router": "layers.mlp.router.kernel",
         "norm": "layers.*_norm.scale|layers.attn.*_norm.scale|final_norm.scale",
         "bias": "**.bias",
         "embedding": "embed.embedding",
@@ -74,13 +78,16 @@ DECODER_ROLES = Roles(
     },
     categories={
         "attention": tuple(f"layers.attn.{m}.kernel" for m in "qkvo"),
-        "mlp": tuple(f"layers.mlp.{m}.kernel" for m in ("gate", "up", "down")),
+        "mlp": tuple(f"layers.mlp.{part}{m}.kernel" for part in ("", "experts.") for m in ("gate", "up", "down")),
         "norm": ("layers.attn_norm.scale", "layers.mlp_norm.scale"),
         "qk_norm": ("layers.attn.q_norm.scale", "layers.attn.k_norm.scale"),
         "bias": tuple(f"layers.attn.{m}.bias" for m in "qkvo"),
         "mlp_bias": tuple(f"layers.mlp.{m}.bias" for m in ("gate", "up", "down")),
     },
-    consumers={"attn_norm": ("attn.q", "attn.k", "attn.v"), "mlp_norm": ("mlp.gate", "mlp.up")},
+    consumers={
+        "attn_norm": ("attn.q", "attn.k", "attn.v"),
+        "mlp_norm": ("mlp.gate", "mlp.up", "mlp.router", "mlp.experts.gate", "mlp.experts.up"),
+    },
 )
 
 # --- paths ------------------------------------------------------------------------------------------------------------
@@ -369,7 +376,7 @@ def dense_mask(mask: Mask, shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
 
 
 def granularity(mask: Mask, shape: tuple[int, ...], stacked: bool = False) -> str:
-    """The coarsest of leaf, layer, row, column, block, element that expresses a mask over a leaf of `shape`."""
+    """The coarsest of leaf, layer, expert, row, column, block, element that expresses a mask over a leaf of `shape`."""
     if isinstance(mask, Blocks):
         return "block"
     mask = np.asarray(mask, bool)
@@ -385,6 +392,8 @@ def granularity(mask: Mask, shape: tuple[int, ...], stacked: bool = False) -> st
         return "row"
     if len(matrix) == 2 and matrix == [False, True]:
         return "column"
+    if len(matrix) == 3 and matrix == [True, False, False]:
+        return "expert"
     return "element"
 
 
@@ -402,7 +411,7 @@ def _indices(mask: np.ndarray, what: str) -> tuple[np.ndarray, bool]:
 def masked_node(w: Array, mask: Mask, *, stacked: bool = False, path: str = "") -> Weight:
     """The weight node with `Trains` marks that trains exactly the masked entries of an array, by the coarsest means.
 
-    Leaf -> the array itself; layer -> `Split`; row, column -> `RowSplit`; block -> `BlockSplit`; element ->
+    Leaf -> the array itself; layer -> `Split`; row, column, expert -> `RowSplit`; block -> `BlockSplit`; element ->
     `SparseDelta`. The mask is concrete (its counts are structure).
     """
     shape = tuple(w.shape)
@@ -418,14 +427,14 @@ def masked_node(w: Array, mask: Mask, *, stacked: bool = False, path: str = "") 
         cut = split_layers(w, jnp.asarray(chosen_layers), int(chosen_layers.sum()))
         return cut.replace(trainable=Trains(cut.trainable))
     layers = shape[:1] if stacked else ()
-    if kind in ("row", "column"):
-        axis = -2 if kind == "row" else -1
-        flat = np.broadcast_to(np.asarray(mask, bool).squeeze(-1 if kind == "row" else -2), (*layers, shape[axis]))
+    if kind in ("row", "column", "expert"):
+        axis = {"row": -2, "column": -1, "expert": -3}[kind]
+        others = tuple(a for a in (-3, -2, -1)[3 - len(shape[len(layers) :]) :] if a != axis)
+        flat = np.broadcast_to(np.asarray(mask, bool).squeeze(others), (*layers, shape[axis]))
         index, even = _indices(flat, what)
-        if even:
-            where = index[..., :, None] if kind == "row" else index[..., None, :]
-            rows = jnp.take_along_axis(w, jnp.asarray(where), axis=axis)
-            return RowSplit(w, Trains(rows), jnp.asarray(index), axis)
+        if even or kind == "expert":
+            index = jnp.asarray(index)
+            return RowSplit(w, Trains(gather_rows(w, index, axis)), index, axis)
     if isinstance(mask, Blocks):
         p, q = mask.shape
         if len(shape) - stacked != 2 or shape[-2] % p or shape[-1] % q:

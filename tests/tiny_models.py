@@ -45,6 +45,19 @@ CONFIGS = {
         **SHAPES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPES, head_dim=16),
+    "mixtral": lambda: transformers.MixtralConfig(**SHAPES, num_local_experts=5, num_experts_per_tok=2),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **SHAPES, head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "qwen3-moe-gates": lambda: transformers.Qwen3MoeConfig(  # gates that do not sum up to 1, and a window
+        **SHAPES,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        norm_topk_prob=False,
+        use_sliding_window=True,
+        sliding_window=5,
+    ),
 }
 
 

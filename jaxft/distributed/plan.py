@@ -177,6 +177,7 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
         attention=settings.attention,
         z_loss=training.z_loss,
         row_shards=row_shards(mesh),
+        router_aux_loss=settings.router_aux_loss,
     )
     step = make_train_step(
         loss,

@@ -1,8 +1,12 @@
 """Which tensors of a Hugging Face checkpoint make up which leaf of the params tree."""
 
+import re
+
 import jax
+import numpy as np
 
 from jaxft.errors import JaxftError
+from jaxft.models.config import DecoderConfig
 from jaxft.weights import Tree, Weight, is_node
 
 _TOP = {
@@ -22,6 +26,11 @@ _IN_LAYER = {
         for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
     },
 }
+_MIXTURE = {  # of each model type: the module of the mixture, and what it calls the matrices of an expert
+    "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+    "qwen3_moe": ("mlp", {name: f"{name}_proj" for name in ("gate", "up", "down")}),
+}
+_EXPERT = re.compile(r"mlp\.experts\.(gate|up|down)\.kernel")
 HEAD = _TOP["head.kernel"]
 EMBED = _TOP["embed.embedding"]
 
@@ -36,14 +45,24 @@ def flatten(params: Tree) -> dict[str, Weight]:
     return {dotted(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)[0]}
 
 
-def tensor_names(path: str, num_layers: int) -> list[str]:
-    """The names of the tensors of one leaf: one for each layer of a stacked leaf, else a single one."""
+def tensor_names(path: str, config: DecoderConfig) -> np.ndarray:
+    """The names of the tensors of one leaf, in an array of the shape of its stack: `[]`, `[layers]` or, of experts,
+    `[layers, experts]`.
+
+    Raises JaxftError for a leaf that Hugging Face checkpoints do not have.
+    """
     if path in _TOP:
-        return [_TOP[path]]
-    inside = path.removeprefix("layers.")
-    if inside == path or inside not in _IN_LAYER:
+        return np.array(_TOP[path], object)
+    inside, layers = path.removeprefix("layers."), range(config.num_layers)
+    module, names = _MIXTURE.get(config.model_type, ("", {}))
+    if (found := _EXPERT.fullmatch(inside)) and names:
+        tensor, experts = names[found[1]], range(config.num_experts)
+        rows = [[f"model.layers.{layer}.{module}.experts.{e}.{tensor}.weight" for e in experts] for layer in layers]
+        return np.array(rows, object)
+    router = {"mlp.router.kernel": f"{module}.gate.weight"} if names else {}
+    if inside == path or inside not in _IN_LAYER | router:
         raise JaxftError(f'no Hugging Face tensor stands for the parameter "{path}"')
-    return [f"model.layers.{layer}.{_IN_LAYER[inside]}" for layer in range(num_layers)]
+    return np.array([f"model.layers.{layer}.{(_IN_LAYER | router)[inside]}" for layer in layers], object)
 
 
 def is_transposed(path: str) -> bool:

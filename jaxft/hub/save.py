@@ -29,11 +29,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One tensor to write: layer `layer` of `leaf`, or zeros where `leaf` is None. `shape` is that in the file."""
+    """One tensor to write: that at `index` (layer, expert) of `leaf`, or zeros where `leaf` is None. `shape` is that in
+    the file."""
 
     name: str
     leaf: Weight | None
-    layer: int | None
+    index: tuple[int, ...]
     shape: tuple[int, ...]
     transposed: bool
 
@@ -76,7 +77,7 @@ def save_pretrained(
             failure = error
     try:
         for file, tensors in shards.items():
-            arrays = {tensor.name: _read(tensor, dtype) for tensor in tensors}  # a collective: on every process
+            arrays = _read(tensors, dtype)  # a collective: on every process
             if temporary is not None and failure is None:
                 failure = _attempt(_write_shard, temporary / file, arrays)
         if temporary is not None and failure is None:
@@ -136,14 +137,12 @@ def _tensors(config: DecoderConfig, leaves: dict[str, Weight]) -> list[_Tensor]:
         leaf = leaves.get(path)
         if leaf is not None and (shape := jax.eval_shape(materialize, leaf).shape) != abstract.shape:
             raise JaxftError(f"{path} has shape {list(shape)}, the model has {list(abstract.shape)} there")
-        stacked = path.startswith("layers.")
-        shape = abstract.shape[1:] if stacked else abstract.shape
-        transposed = is_transposed(path)
-        for index, name in enumerate(tensor_names(path, config.num_layers)):
-            layer = index if stacked else None
-            tensors.append(_Tensor(name, leaf, layer, shape[::-1] if transposed else shape, transposed))
+        names, transposed = tensor_names(path, config), is_transposed(path)
+        shape = abstract.shape[names.ndim :]
+        for index, name in np.ndenumerate(names):
+            tensors.append(_Tensor(name, leaf, index, shape[::-1] if transposed else shape, transposed))
     last = config.num_layers
-    return sorted(tensors, key=lambda t: (("embed" not in t.name), last if t.layer is None else t.layer))
+    return sorted(tensors, key=lambda t: ("embed" not in t.name, t.index[0] if t.index else last))
 
 
 def _shards(tensors: list[_Tensor], dtype: np.dtype, max_bytes: int) -> dict[str, list[_Tensor]]:
@@ -162,13 +161,21 @@ def _shards(tensors: list[_Tensor], dtype: np.dtype, max_bytes: int) -> dict[str
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _read(tensor: _Tensor, dtype: np.dtype) -> np.ndarray:
-    """The values of one tensor, cast where they are and then brought to the host."""
-    if tensor.leaf is None:
-        return np.zeros(tensor.shape, dtype)
-    leaf = tensor.leaf if tensor.layer is None else layer_slice(tensor.leaf, tensor.layer)
-    array = to_host(materialize(leaf).astype(dtype))
-    return np.ascontiguousarray(array.T if tensor.transposed else array)
+def _read(tensors: list[_Tensor], dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The values of tensors by name, cast where they are and then brought to the host, once a layer of a leaf."""
+    arrays: dict[str, np.ndarray] = {}
+    latest: tuple[Any, np.ndarray] | None = None
+    for tensor in tensors:
+        if tensor.leaf is None:
+            arrays[tensor.name] = np.zeros(tensor.shape, dtype)
+            continue
+        key = (id(tensor.leaf), tensor.index[:1])
+        if latest is None or latest[0] != key:
+            leaf = layer_slice(tensor.leaf, tensor.index[0]) if tensor.index else tensor.leaf
+            latest = (key, to_host(materialize(leaf).astype(dtype)))
+        array = latest[1][tensor.index[1:]]
+        arrays[tensor.name] = np.ascontiguousarray(array.T if tensor.transposed else array)
+    return arrays
 
 
 def _write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -11,6 +11,7 @@ from jaxft.methods.selection.apet import apet
 from jaxft.methods.selection.badam import badam
 from jaxft.methods.selection.bitfit import bitfit
 from jaxft.methods.selection.cofitune import cofitune
+from jaxft.methods.selection.esft import esft
 from jaxft.methods.selection.freezeasguard import freezeasguard
 from jaxft.methods.selection.full import full
 from jaxft.methods.selection.gmt import gmt
@@ -49,6 +50,7 @@ __all__ = [
     "chain",
     "cofitune",
     "count_trainable",
+    "esft",
     "freezeasguard",
     "full",
     "get_method",

@@ -317,8 +317,7 @@ def count_trainable(tuned: Tuned) -> int:
             block = math.prod(w.blocks.shape[-2:])
             total -= block * int(jnp.sum(w.index >= math.prod(shape_of(w)[-2:]) // block))
         elif isinstance(w, RowSplit):
-            slice_size = w.rows.shape[-1 if w.axis == -2 else -2]
-            total -= slice_size * int(jnp.sum(w.index >= shape_of(w)[w.axis]))
+            total -= w.rows.size // w.index.size * int(jnp.sum(w.index >= shape_of(w)[w.axis]))
         elif isinstance(w, Gated):
             total -= w.value.size // max(w.is_open.size, 1) * int(jnp.sum(~w.is_open))
     return total

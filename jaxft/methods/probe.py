@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.partition import DECODER_ROLES, Roles, Selector, map_weights, select, shape_of, weights_by_path
-from jaxft.weights import Observed, Tree, materialize
+from jaxft.weights import Observed, Tally, Tree, add_site, materialize
 
 Loss = Callable[[Tree, dict, PRNGKeyArray], tuple[Array, Array, Any]]
 
@@ -53,6 +53,14 @@ def _energy_pass(loss_fn: Loss) -> Callable:
 
         # The sum, not the mean: a loss may scale the gradient of the head by what divides it.
         return loss_fn(map_weights(observe, params), batch, jax.random.key(0))[0]
+
+    return jax.jit(jax.grad(total))
+
+
+@functools.lru_cache(maxsize=16)
+def _gate_pass(loss_fn: Loss, site: str, layers: str) -> Callable:
+    def total(tally: Tally, params: Tree, batch: dict) -> Array:
+        return loss_fn(add_site(params, site, tally, layers=layers), batch, jax.random.key(0))[0]
 
     return jax.jit(jax.grad(total))
 
@@ -140,6 +148,28 @@ class Probe:
             summed = jax.tree.map(jnp.add, summed, _energy_pass(self.loss_fn)(energy, params, batch))
             tokens += int(np.prod(batch["tokens"].shape))
         return {p: jnp.sqrt(e / tokens) for p, e in summed.items()}
+
+    def gates(self, params: Tree, n: int = 1) -> tuple[Array, Array]:
+        """Of a mixture of experts: the sum of the gates of each expert and how many tokens went to it, over `n` batches
+        without their padding, both float32 `[layers, experts]`.
+
+        Raises:
+            JaxftError: the model has no experts.
+        """
+        found = {}
+        if "router" in self.roles.names:
+            found = select(params, "@router", roles=self.roles, allow_empty=True)
+        if not found:
+            raise JaxftError("this method asks which experts tokens go to, and the model has none (no @router)")
+        (path,) = found
+        layers, *names, _ = path.split(".")
+        shape = shape_of(weights_by_path(params)[path])
+        zero = jnp.zeros((shape[0], shape[-1]), jnp.float32)
+        total = Tally(zero, zero)
+        counted = _gate_pass(self.loss_fn, ".".join(names), layers)
+        for batch in self._batches(n):
+            total = jax.tree.map(jnp.add, total, counted(Tally(zero, zero), params, batch))
+        return total.mass, total.count
 
     def train(self, params: Tree, method: Any, steps: int) -> Tree:
         """`params` after `steps` of training with `method` on the job's own data: plain arrays, float32 masters.

@@ -31,12 +31,34 @@ class MLP(nnx.Module):
         self.down = project(config.intermediate_size, config.hidden_size)
 
 
+class ExpertLinear(nnx.Module):
+    """One matrix for each expert, `[experts, d_in, d_out]`."""
+
+    def __init__(self, config: DecoderConfig, d_in: int, d_out: int, dtype: Any, rngs: nnx.Rngs) -> None:
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.kernel = nnx.Param(normal(rngs.params(), (config.num_experts, d_in, d_out), dtype))
+
+
+class Experts(nnx.Module):
+    def __init__(self, config: DecoderConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        dim, width = config.hidden_size, config.moe_intermediate_size
+        self.gate = ExpertLinear(config, dim, width, dtype, rngs)
+        self.up = ExpertLinear(config, dim, width, dtype, rngs)
+        self.down = ExpertLinear(config, width, dim, dtype, rngs)
+
+
+class Mixture(nnx.Module):
+    def __init__(self, config: DecoderConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.router = _projection(config, dtype, rngs)(config.hidden_size, config.num_experts, use_bias=False)
+        self.experts = Experts(config, dtype, rngs)
+
+
 class Layer(nnx.Module):
     def __init__(self, config: DecoderConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         self.attn_norm = nnx.RMSNorm(config.hidden_size, param_dtype=dtype, rngs=rngs)
         self.attn = Attention(config, dtype, rngs)
         self.mlp_norm = nnx.RMSNorm(config.hidden_size, param_dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, dtype, rngs)
+        self.mlp = (Mixture if config.num_experts else MLP)(config, dtype, rngs)
 
 
 class Decoder(nnx.Module):
@@ -58,7 +80,7 @@ def _projection(config: DecoderConfig, dtype: Any, rngs: nnx.Rngs) -> Callable[.
     return functools.partial(nnx.Linear, kernel_init=normal, param_dtype=dtype, rngs=rngs)
 
 
-_DIMENSIONS = {  # what a projection reads and writes
+_DIMENSIONS: dict[str, tuple[str | None, ...]] = {  # what a projection reads and writes
     "q": ("embed", "heads"),
     "k": ("embed", "kv_heads"),
     "v": ("embed", "kv_heads"),
@@ -66,6 +88,7 @@ _DIMENSIONS = {  # what a projection reads and writes
     "gate": ("embed", "mlp"),
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
+    "router": ("embed", None),
     "head": ("head_embed", "head_vocab"),
     "embed": ("vocab", "embed"),
     "q_norm": ("head_dim",),
@@ -73,9 +96,11 @@ _DIMENSIONS = {  # what a projection reads and writes
 }
 
 
-def logical_axes(path: list[str]) -> tuple[str, ...]:
+def logical_axes(path: list[str]) -> tuple[str | None, ...]:
     """The names of the dimensions of the leaf at `path`: "layers" first for stacked ones, then those above."""
     dimensions = _DIMENSIONS.get(path[-2], ("embed",))  # the other norms scale the residual stream
     if path[-1] == "bias":
         dimensions = dimensions[-1:]
+    if "experts" in path:
+        dimensions = ("expert", *dimensions)
     return ("layers", *dimensions) if path[0] == "layers" else dimensions

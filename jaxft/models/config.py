@@ -7,13 +7,16 @@ from typing import Any
 
 from jaxft.errors import JaxftError, nearest
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+MIXTURES = ("mixtral", "qwen3_moe")  # those with experts in every layer
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
 _ACTIVATION_ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
@@ -54,11 +57,18 @@ _ROPE_MAY_HAVE = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shapes and features of a decoder-only transformer (Llama 2/3, Mistral, Qwen2, Qwen3).
+    """Shapes and features of a decoder-only transformer (Llama 2/3, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE).
 
     `hidden_size` D, `intermediate_size` F, `num_heads` H query heads and `num_kv_heads` K key/value heads of
     `head_dim` Dh channels, `num_layers` L, `vocab_size` V. `sliding_layers[l]` says whether layer l attends to the last
-    `sliding_window` positions only. Raises JaxftError for impossible shapes.
+    `sliding_window` positions only.
+
+    With `num_experts` above 0 every layer has a mixture of experts of width `moe_intermediate_size` in the place of its
+    MLP, `num_experts_per_token` of which see a token, weighed by router probabilities that sum up to 1 if
+    `norm_topk_prob`. `router_aux_loss_coef` times the load-balancing loss is added to the training loss if
+    `output_router_logits`, as in transformers.
+
+    Raises JaxftError for impossible shapes.
     """
 
     model_type: str
@@ -84,6 +94,12 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.0
+    output_router_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
@@ -106,6 +122,15 @@ class DecoderConfig:
             raise JaxftError(f"head_dim is {self.head_dim}: rotary embeddings need an even number of channels")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise JaxftError(f"sliding_window is {self.sliding_window}: expected at least 1, or null for none")
+        if self.num_experts or self.model_type in MIXTURES:
+            if self.model_type not in MIXTURES:
+                raise JaxftError(f"a {self.model_type} has no experts: num_experts is {self.num_experts}, expected 0")
+            if not 1 <= self.num_experts_per_token <= self.num_experts or self.moe_intermediate_size < 1:
+                raise JaxftError(
+                    f"num_experts {self.num_experts}, num_experts_per_token {self.num_experts_per_token}, "
+                    f"moe_intermediate_size {self.moe_intermediate_size}: expected at least 1 of each, and no more "
+                    "experts for a token than there are"
+                )
         sliding = self.sliding_layers or (self.sliding_window is not None,) * self.num_layers
         if len(sliding) != self.num_layers:
             raise JaxftError(f"sliding_layers names {len(sliding)} layers, the model has {self.num_layers}")
@@ -158,15 +183,18 @@ def _token_ids(entry: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _sliding_from_huggingface(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """The window and which layers use it. Mistral: all; Qwen: those from `max_window_layers` on, or `layer_types`."""
+    """The window and which layers use it. Mistral, Mixtral, Qwen3-MoE: all; Qwen: those from `max_window_layers` on, or
+    `layer_types`."""
     model_type = config["model_type"]
-    window = config.get("sliding_window", 4096)
+    window = config.get("sliding_window", None if model_type == "mixtral" else 4096)
     if model_type == "llama" or window is None:
         return None, ()
-    if model_type == "mistral":
+    if model_type in ("mistral", "mixtral"):
         return int(window), (True,) * num_layers
     if not config.get("use_sliding_window", False):
         return None, ()
+    if model_type == "qwen3_moe":
+        return int(window), (True,) * num_layers
     types = config.get("layer_types")
     if types is not None:
         unknown = set(types) - {"full_attention", "sliding_attention"}
@@ -175,6 +203,39 @@ def _sliding_from_huggingface(config: Mapping[str, Any], num_layers: int) -> tup
         return int(window), tuple(kind == "sliding_attention" for kind in types)
     first = int(config.get("max_window_layers", 28))
     return int(window), tuple(layer >= first for layer in range(num_layers))
+
+
+def _mixture_from_huggingface(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The fields of a mixture of experts. A scanned stack has layers of one kind: all of them are mixtures."""
+    model_type = config["model_type"]
+    if model_type not in MIXTURES:
+        return {}
+    shared = {
+        "router_aux_loss_coef": float(config.get("router_aux_loss_coef", 0.001)),
+        "output_router_logits": bool(config.get("output_router_logits", False)),
+    }
+    if model_type == "mixtral":
+        if config.get("router_jitter_noise"):
+            raise JaxftError(f"router_jitter_noise {config['router_jitter_noise']} is not supported: expected 0.0")
+        return shared | {
+            "num_experts": int(config.get("num_local_experts", 8)),
+            "num_experts_per_token": int(config.get("num_experts_per_tok", 2)),
+            "moe_intermediate_size": int(config.get("intermediate_size", 14336)),
+        }
+    step, dense = int(config.get("decoder_sparse_step", 1)), set(config.get("mlp_only_layers") or ())
+    plain = [layer for layer in range(num_layers) if layer in dense or (layer + 1) % step]
+    if plain:
+        raise JaxftError(
+            f"decoder_sparse_step {step} and mlp_only_layers {sorted(dense)} make {len(plain)} of {num_layers} layers "
+            f"plain MLPs (layer {plain[0]} first): the layers of a scanned stack are all alike, so expected "
+            "decoder_sparse_step 1 and mlp_only_layers []"
+        )
+    return shared | {
+        "num_experts": int(config.get("num_experts") or config.get("num_local_experts") or 128),
+        "num_experts_per_token": int(config.get("num_experts_per_tok", 8)),
+        "moe_intermediate_size": int(config.get("moe_intermediate_size", 768)),
+        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
+    }
 
 
 def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
@@ -199,16 +260,19 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
 
     num_heads, hidden_size = int(need("num_attention_heads")), int(need("hidden_size"))
     num_layers = int(need("num_hidden_layers"))
-    max_positions = int(config.get("max_position_embeddings", {"mistral": 131072}.get(model_type, 2048)))
+    defaults = {"mistral": 131072, "mixtral": 131072, "qwen3_moe": 32768}
+    max_positions = int(config.get("max_position_embeddings", defaults.get(model_type, 2048)))
     head_dim = config.get("head_dim")
     if head_dim is None:
         if hidden_size % num_heads and model_type != "qwen3":
             raise JaxftError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
         head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
-    kv_heads = config.get("num_key_value_heads") or ({"mistral": 8}.get(model_type) or num_heads)
+    default_kv_heads = {"mistral": 8, "mixtral": 8, "qwen3_moe": 4}.get(model_type, num_heads)
+    kv_heads = config.get("num_key_value_heads") or default_kv_heads
     activation = config.get("hidden_act", "silu")
     window, sliding_layers = _sliding_from_huggingface(config, num_layers)
-    bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3")
+    bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3", "qwen3_moe")
+    mixture = _mixture_from_huggingface(config, num_layers)
     return DecoderConfig(
         model_type=model_type,
         vocab_size=int(need("vocab_size")),
@@ -219,13 +283,13 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
         num_kv_heads=int(kv_heads),
         head_dim=int(head_dim),
         max_position_embeddings=max_positions,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-5 if model_type == "mixtral" else 1e-6)),
         rope=_rope_from_huggingface(config, max_positions),
         hidden_act=_ACTIVATION_ALIASES.get(activation, activation),
         qkv_bias=bias or model_type == "qwen2",
         output_bias=bias,
         mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", "qwen3_moe"),
         sliding_window=window,
         sliding_layers=sliding_layers,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -233,6 +297,7 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=_token_ids(config.get("eos_token_id")),
         pad_token_id=config.get("pad_token_id"),
+        **mixture,
     )
 
 
@@ -270,12 +335,30 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    if config.model_type in ("llama", "qwen3"):
+    if config.model_type in ("llama", "qwen3", "qwen3_moe"):
         result["attention_bias"] = config.qkv_bias
     if config.model_type == "llama":
         result["mlp_bias"] = config.mlp_bias
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "mixtral"):
         result["sliding_window"] = config.sliding_window
+    if config.num_experts:
+        result |= {
+            "num_experts_per_tok": config.num_experts_per_token,
+            "router_aux_loss_coef": config.router_aux_loss_coef,
+            "output_router_logits": config.output_router_logits,
+        }
+    if config.model_type == "mixtral":
+        result |= {"num_local_experts": config.num_experts, "router_jitter_noise": 0.0}
+    if config.model_type == "qwen3_moe":
+        result |= {
+            "num_experts": config.num_experts,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "norm_topk_prob": config.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": config.sliding_window is not None,
+            "sliding_window": config.sliding_window,
+        }
     if config.model_type in ("qwen2", "qwen3"):
         first = config.sliding_layers.index(True) if any(config.sliding_layers) else config.num_layers
         result |= {
@@ -304,13 +387,17 @@ def holding_biases(config: DecoderConfig, biased: frozenset[str]) -> DecoderConf
         "qwen3": not mlp,
         "qwen2": not (output or mlp),
         "mistral": not (qkv or output or mlp),
+        "mixtral": not (qkv or output or mlp),
+        "qwen3_moe": not mlp,
     }[config.model_type]
     if own:
-        both = config.model_type in ("llama", "qwen3") and (qkv or output)
+        both = config.model_type in ("llama", "qwen3", "qwen3_moe") and (qkv or output)
         return config.replace(qkv_bias=qkv or both, output_bias=output or both, mlp_bias=mlp)
     window = config.sliding_window
-    if config.qk_norm or (window is not None and window < config.max_position_embeddings):
-        reason = "q_norm and k_norm" if config.qk_norm else f"a sliding window of {window}"
+    lacks = [("experts", config.num_experts), ("q_norm and k_norm", config.qk_norm)]
+    lacks.append((f"sliding window of {window}", window is not None and window < config.max_position_embeddings))
+    reason = next((what for what, there in lacks if there), None)
+    if reason:
         raise JaxftError(
             f"{config.model_type} cannot hold biases on {', '.join(sorted(biased))}, "
             f"and llama, which can, has no {reason}: train without biases there, or export the delta only"

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.models.attention import attention
 from jaxft.models.config import DecoderConfig
+from jaxft.models.mixture import Routing, mixture
 from jaxft.models.rope import rotary_embedding, rotate
 from jaxft.models.sharding import constrain
 from jaxft.weights import Tree, Weight, linear, scan_layers, site, value
@@ -50,8 +51,12 @@ def decoder_block(
     x: Float[Array, "batch seq dim"],
     rope: tuple[Array, Array],
     attend: Callable[[Array, Array, Array], Array],
-) -> Float[Array, "batch seq dim"]:
-    """One layer: attention and MLP, each normalised first and added to the residual stream."""
+    is_real: Bool[Array, "batch seq"] | None = None,
+) -> tuple[Float[Array, "batch seq dim"], Routing | None]:
+    """One layer: attention and MLP (or a mixture of experts), each normalised first and added to the residual stream.
+
+    With a mixture also where its tokens went; those that are not real (padding) go nowhere.
+    """
     epsilon = config.rms_norm_eps
 
     def heads(name: str, normed: Array) -> Float[Array, "batch seq heads head_dim"]:
@@ -67,9 +72,14 @@ def decoder_block(
     x = x + site(layer, "attn", project(layer, "attn.o", mixed.reshape(*mixed.shape[:-2], -1)))
 
     normed = site(layer, "mlp_norm", rms_norm(x, layer["mlp_norm"]["scale"], epsilon))
-    gated = _ACTIVATIONS[config.hidden_act](project(layer, "mlp.gate", normed)) * project(layer, "mlp.up", normed)
-    x = x + site(layer, "mlp", project(layer, "mlp.down", gated))
-    return constrain(site(layer, "block", x), "batch", "sequence", None)
+    activation, routing = _ACTIVATIONS[config.hidden_act], None
+    if config.num_experts:
+        mixed, routing = mixture(config, layer, normed, is_real, activation)
+    else:
+        gated = activation(project(layer, "mlp.gate", normed)) * project(layer, "mlp.up", normed)
+        mixed = project(layer, "mlp.down", gated)
+    x = x + site(layer, "mlp", mixed)
+    return constrain(site(layer, "block", x), "batch", "sequence", None), routing
 
 
 def run_layers(
@@ -82,13 +92,17 @@ def run_layers(
     remat: str = "none",
     implementation: str = "auto",
     cache: dict | None = None,
-) -> tuple[Float[Array, "batch seq dim"], dict | None]:
-    """Scan the stacked layers. With a cache, keys and values are written after those it holds, and all are seen."""
+) -> tuple[Float[Array, "batch seq dim"], dict | None, Routing | None]:
+    """Scan the stacked layers. With a cache, keys and values are written after those it holds, and all are seen.
+
+    Returns the hidden states, the cache, and where a mixture of experts sent its tokens, by layer.
+    """
     rope = rotary_embedding(config, positions)
+    is_real = None if segment_ids is None else segment_ids != 0
     if cache is not None:
         start, cache = cache["length"], _append_tokens(cache, positions, segment_ids)
 
-    def block(carry: tuple[Array, Any], layer: Tree, xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], None]:
+    def block(carry: tuple[Array, Any], layer: Tree, xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Any]:
         x, kv = carry
         index, is_sliding = xs
 
@@ -110,13 +124,13 @@ def run_layers(
                 return windowed(q, k, v)
             return jax.lax.cond(is_sliding, windowed, see, q, k, v)
 
-        x = decoder_block(config, layer, x, rope, attend)
-        return (x, kv), None
+        x, routing = decoder_block(config, layer, x, rope, attend, is_real)
+        return (x, kv), routing
 
     kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
     xs = (jnp.arange(config.num_layers), jnp.asarray(config.sliding_layers))
-    (x, kv), _ = scan_layers(rematerialized(block, remat), layers, (x, kv), xs)
-    return x, (None if cache is None else {**cache, **kv})
+    (x, kv), routing = scan_layers(rematerialized(block, remat), layers, (x, kv), xs)
+    return x, (None if cache is None else {**cache, **kv}), routing
 
 
 REMAT_POLICIES = ("none", "block", "dots", "offload")

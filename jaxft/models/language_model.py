@@ -53,8 +53,10 @@ class LanguageModel:
         remat: str = "block",
         attention: str = "auto",
         cache: dict | None = None,
+        routing: bool = False,
     ) -> Any:
         """Hidden states `[batch, seq, dim]` of `dtype` after the final norm; with a cache, `(hidden, cache)`.
+        With `routing`, `(hidden, Routing)`: where a mixture of experts sent its tokens, by layer.
 
         Without `segment_ids` a row is one segment; without `positions` they restart at 0 in every segment. Params may
         be of any dtype and hold weight nodes; a soft prompt at the site "prompt" precedes every row and every segment
@@ -75,11 +77,13 @@ class LanguageModel:
         positions = positions + length
         if prompt is not None and cache is None:
             x, positions, segment_ids = _prepend(prompt, x, positions, segment_ids)
-        x, cache = run_layers(
+        x, cache, routed = run_layers(
             config, params["layers"], x, positions, segment_ids, remat=remat, implementation=attention, cache=cache
         )
         x = x if cache is not None else x[:, length:]
         x = site(params, "final_norm", rms_norm(x, params["final_norm"]["scale"], config.rms_norm_eps))
+        if routing:
+            return x, routed
         return x if cache is None else (x, cache)
 
     def logits(self, params: Tree, hidden: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
@@ -115,7 +119,7 @@ class LanguageModel:
         if prompt is not None:
             x = jnp.broadcast_to(prompt.astype(dtype), (batch, *prompt.shape))
             segment_ids = jnp.full((batch, held), PROMPT_SEGMENT, jnp.int32)
-            _, filled = run_layers(config, params["layers"], x, jnp.arange(held)[None], segment_ids, cache=cache)
+            _, filled, _ = run_layers(config, params["layers"], x, jnp.arange(held)[None], segment_ids, cache=cache)
             return filled
         return cache
 

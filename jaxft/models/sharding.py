@@ -5,7 +5,7 @@ heads over `tensor`. An axis that does not divide a dimension is left out, so th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
@@ -18,6 +18,7 @@ MESH_AXES = {
     "replicas": ("data",),  # the batch, where `fsdp` divides the width instead
     "embed": ("fsdp",),
     "vocab": ("tensor", "fsdp"),
+    "tokens": ("expert",),  # those of a shard, where a mixture routes them
 }
 
 
@@ -48,3 +49,32 @@ def platform() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = getattr(device, "platform", None) or jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def token_shards(batch: int, seq: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array], tuple[str, ...]]:
+    """How the tokens of a batch lie on the ambient mesh, for work that each device does on its own tokens.
+
+    Returns `(spread, gather, axes)`: `spread` makes `[shards, tokens of a shard, ...]` of `[batch, seq, ...]`, with the
+    shards divided over `axes`, and `gather` is its inverse. Beside the axes of rows and positions `expert` divides the
+    tokens, which are the same along it elsewhere.
+    """
+    size = jax.sharding.get_abstract_mesh().shape
+    over_batch, over_seq = mesh_axes("batch", batch) or (), mesh_axes("sequence", seq) or ()
+    rows, columns = (math.prod(size[axis] for axis in axes) for axes in (over_batch, over_seq))
+    over_experts = mesh_axes("tokens", (batch // rows) * (seq // columns)) or ()
+    axes = (*over_batch, *over_seq, *over_experts)
+    held = (rows, batch // rows, columns, seq // columns)
+
+    def place(x: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.with_sharding_constraint(x, spec) if axes else x
+
+    def spread(x: Array) -> Array:
+        x = x.reshape(*held, *x.shape[2:]).swapaxes(1, 2)
+        count = rows * columns * math.prod(size[axis] for axis in over_experts)
+        return place(x.reshape(count, -1, *x.shape[4:]), PartitionSpec(axes))
+
+    def gather(x: Array) -> Array:
+        x = place(x.reshape(rows * columns, -1, *x.shape[2:]), PartitionSpec((*over_batch, *over_seq)))
+        return x.reshape(rows, columns, held[1], held[3], *x.shape[2:]).swapaxes(1, 2).reshape(batch, seq, *x.shape[2:])
+
+    return spread, gather, axes

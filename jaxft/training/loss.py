@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxft.errors import JaxftError
+
 Batch = dict[str, Array]
 Loss = Callable[[Any, Batch, PRNGKeyArray], tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]]
 Head = Callable[[Float[Array, "... dim"]], Float[Array, "... vocab"]]
@@ -164,6 +166,7 @@ def language_model_loss(
     z_loss: float = 0.0,
     chunks: int | None = None,
     row_shards: int = 1,
+    router_aux_loss: float | None = None,
 ) -> Loss:
     """Next-token cross-entropy of a language model as `(params, batch, rng) -> (sum, weight, aux)`.
 
@@ -176,10 +179,22 @@ def language_model_loss(
         z_loss: see `cross_entropy`.
         chunks: see `cross_entropy`.
         row_shards: see `cross_entropy`.
+        router_aux_loss: coefficient of the load-balancing loss of a mixture of experts, which is added to the mean
+            token loss; None takes what `model.config` says, as transformers does: `router_aux_loss_coef` if
+            `output_router_logits`. Its statistics are those of the tokens that are no padding, of one micro-batch.
 
     The batch has `tokens`, `targets`, `weights`, and optionally `positions` and `segment_ids`. `aux` counts tokens, as
     float32 sums: `correct`, `target_tokens` (nonzero weight), `real_tokens` (no padding), `padded_tokens` (all).
+
+    Raises:
+        JaxftError: a coefficient for a model without experts.
     """
+    config = getattr(model, "config", None)
+    has_experts = bool(getattr(config, "num_experts", 0))
+    if router_aux_loss and not has_experts:
+        raise JaxftError(f"router_aux_loss = {router_aux_loss}: the model has no experts, expected 0 or null")
+    if router_aux_loss is None:
+        router_aux_loss = config.router_aux_loss_coef if has_experts and config.output_router_logits else 0.0
 
     def loss(params: Any, batch: Batch, rng: PRNGKeyArray) -> tuple[Array, Array, dict[str, Array]]:
         hidden = model.hidden(
@@ -190,7 +205,9 @@ def language_model_loss(
             dtype=compute_dtype,
             remat=remat,
             attention=attention,
+            **({"routing": True} if router_aux_loss else {}),
         )
+        hidden, routing = hidden if router_aux_loss else (hidden, None)
         weights = batch["weights"]
         found = cross_entropy(
             hidden,
@@ -209,6 +226,9 @@ def language_model_loss(
             "real_tokens": size if segments is None else jnp.sum(segments > 0, dtype=jnp.float32),
             "padded_tokens": size,
         }
-        return found.loss, found.weight, aux
+        total = found.loss
+        if routing is not None:  # the train step divides by the weight
+            total = total + router_aux_loss * routing.load_balancing_loss() * found.weight
+        return total, found.weight, aux
 
     return loss

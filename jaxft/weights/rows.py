@@ -1,4 +1,4 @@
-"""`RowSplit`: some rows or columns of a matrix train (input channels, output channels, vocabulary rows), or some experts."""
+"""`RowSplit`: some rows or columns of a matrix train (input and output channels, vocabulary rows), or some experts."""
 
 import functools
 

@@ -89,6 +89,37 @@ class SoftPrompt(SiteModule):
     embedding: Float[Array, "prompt dim"]
 
 
+@node
+class Tally(SiteModule):
+    """Counts what passes and changes nothing: the gradient of `mass [dim]` is the sum of x over tokens, that of `count`
+    how often x was not zero. They are statistics, not derivatives, as in `Observed`."""
+
+    mass: Float[Array, "*layers dim"]
+    count: Float[Array, "*layers dim"]
+
+
+@jax.custom_vjp
+def _tally(x: Array, mass: Array, count: Array) -> Array:
+    return x
+
+
+def _tally_forward(x: Array, mass: Array, count: Array) -> tuple[Array, tuple[Array, Array]]:
+    rows = x.reshape(-1, x.shape[-1])
+    return x, (jnp.sum(rows.astype(mass.dtype), 0), jnp.sum(rows != 0, 0, dtype=count.dtype))
+
+
+def _tally_backward(sums: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    return g, *sums
+
+
+_tally.defvjp(_tally_forward, _tally_backward)
+
+
+@site_rule.register
+def _(module: Tally, x: Array) -> Array:
+    return _tally(x, module.mass, module.count)
+
+
 @functools.singledispatch
 def prompt_rule(module: Any) -> Float[Array, "prompt dim"]:
     raise TypeError(f"{type(module).__name__} makes no virtual tokens: it has no `prompt` rule")

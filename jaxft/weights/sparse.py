@@ -23,7 +23,7 @@ from jaxft.weights.ragged import Axes, ragged_linear_rule, ragged_matmul, ragged
 
 @node
 class SparseDelta(Node):
-    """`base` plus `values` at flat positions `indices`, row-major within the axes that follow those of `indices`: the two
+    """`base` plus `values` at flat positions `indices`, row-major within the axes that follow those of `indices`: two
     of a matrix, one of a vector, three of the matrices of all experts of a layer.
 
     Positions are unique. An index equal to the number of entries is padding: it means nothing and its value stays

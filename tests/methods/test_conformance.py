@@ -6,7 +6,7 @@ import pytest
 
 from jaxft.methods import build, get_method, methods
 from jaxft.testing import CHECKS, Trial
-from tests.methods.tiny import trial
+from tests.methods.tiny import OF_EXPERTS, mixture_trial, trial
 
 CHAINS = {
     "lora+hft": [{"name": "lora", "rank": 4, "on": "@attention"}, {"name": "hft", "rounds": 3}],
@@ -20,7 +20,7 @@ def tried(name: str) -> Trial:
     if name in CHAINS:
         return trial(build(CHAINS[name]))
     entry = get_method(name)
-    return trial(entry.build(**entry.example), identity=entry.identity)
+    return (mixture_trial if name in OF_EXPERTS else trial)(entry.build(**entry.example), identity=entry.identity)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))

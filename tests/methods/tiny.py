@@ -24,15 +24,21 @@ CONFIG = DecoderConfig(
     eos_token_ids=(2,),
 )
 MODEL = LanguageModel(CONFIG)
+# The same with four experts, of which a token goes to two, for methods that choose experts.
+MIXTURE = LanguageModel(
+    CONFIG.replace(model_type="mixtral", num_experts=4, num_experts_per_token=2, moe_intermediate_size=24)
+)
+OF_EXPERTS = ("esft",)
 # One method for each kind of rewrite. What is costly to compile is tried on these; conformance is tried on all.
 KINDS = ("full", "hft", "lora", "bitfit", "lt-sft", "ssf", "prompt-tuning")
 LOSS = language_model_loss(MODEL, remat="none", chunks=1)
+MIXTURE_LOSS = language_model_loss(MIXTURE, remat="none", chunks=1)
 
 
 @functools.cache
-def params(dtype: str = "float32") -> dict:
+def params(dtype: str = "float32", model: LanguageModel = MODEL) -> dict:
     """Weights large enough that every part shows in the loss."""
-    made = MODEL.init(jax.random.key(7))
+    made = model.init(jax.random.key(7))
     return jax.tree.map(lambda w: (w * 5 if w.ndim > 2 else w).astype(dtype), made)
 
 
@@ -59,3 +65,8 @@ def batches(count: int = 3, rows: int = 8, seq: int = 16) -> tuple[dict, ...]:
 
 def trial(method: Method, **fields) -> Trial:
     return Trial(method, params(), LOSS, batches(), logical_axes=MODEL.logical_axes(), **fields)
+
+
+def mixture_trial(method: Method, **fields) -> Trial:
+    given = params(model=MIXTURE)
+    return Trial(method, given, MIXTURE_LOSS, batches(), logical_axes=MIXTURE.logical_axes(), **fields)

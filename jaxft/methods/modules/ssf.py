@@ -58,20 +58,27 @@ def fold_scale_shift(home: dict, name: str, module: ScaleShift, consumers: tuple
     if "scale" in own and "kernel" not in own:
         home = _set(home, f"{name}.scale", own["scale"] * module.scale)
         for reader in consumers if module.shift is not None else ():
-            kernel = _get(home, reader)["kernel"]
-            pushed = jnp.einsum("...i,...io->...o", module.shift, kernel)
+            if (kernel := _get(home, reader).get("kernel")) is None:
+                continue
+            pushed = jnp.einsum("...i,...io->...o", _beside(module.shift, kernel), kernel)
             home = _set(home, f"{reader}.bias", _get(home, reader).get("bias", 0) + pushed)
         return home
-    home = _set(home, f"{name}.kernel", own["kernel"] * jnp.expand_dims(module.scale, -2))
-    bias = own["bias"] * module.scale if "bias" in own else None
+    home = _set(home, f"{name}.kernel", own["kernel"] * jnp.expand_dims(_beside(module.scale, own["kernel"]), -2))
+    bias = own["bias"] * _beside(module.scale, own["kernel"]) if "bias" in own else None
     if module.shift is not None:
-        bias = module.shift if bias is None else bias + module.shift
+        shift = jnp.broadcast_to(_beside(module.shift, own["kernel"]), own["kernel"][..., 0, :].shape)
+        bias = shift if bias is None else bias + shift
     return home if bias is None else _set(home, f"{name}.bias", bias)
+
+
+def _beside(vector: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A vector `[*layers, d]` with axes of one for those that only the kernel has (its experts)."""
+    return vector.reshape(*vector.shape[:-1], *(1,) * (kernel.ndim - vector.ndim - 1), vector.shape[-1])
 
 
 def _get(tree: dict, name: str) -> dict:
     for key in name.split("."):
-        tree = tree[key]
+        tree = tree.get(key, {})
     return tree
 
 

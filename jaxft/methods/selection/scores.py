@@ -2,18 +2,18 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.methods.base import path_key
 from jaxft.methods.probe import Probe
 from jaxft.methods.selection.full import full
-from jaxft.methods.selection.units import best_of_all, budget_count
+from jaxft.methods.selection.units import best_of_all, budget_count, check_choice
 from jaxft.partition import weights_by_path
 from jaxft.weights import Tree, materialize
 
@@ -136,6 +136,33 @@ def activation(batches: int = 8) -> Score:
     return score
 
 
+GateKind = Literal["token", "gate"]
+
+
+def routing_shares(params: Tree, probe: Probe, kind: GateKind, batches: int) -> Float[Array, "layers experts"]:
+    """What part of a layer's routing each expert has: of its tokens, or of its gates. Rows sum up to 1."""
+    mass, count = probe.gates(params, batches)
+    found = count if kind == "token" else mass
+    return found / jnp.sum(found, axis=-1, keepdims=True)
+
+
+def gate(kind: GateKind = "token", batches: int = 8) -> Score:
+    """The share of a layer's tokens (or gates) that go to an expert of a mixture (ESFT); for granularity expert."""
+    check_choice("score gate: kind", kind, GateKind)
+
+    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+        shares = routing_shares(candidates.params, probe, kind, batches)
+        for path, shape in candidates.units.items():
+            if shape != shares.shape:
+                raise JaxftError(
+                    f'score gate scores the {shares.shape[1]} experts of {shares.shape[0]} layers, and "{path}" has '
+                    f"{shape[0]} x {shape[1]} units: use granularity expert and on: '@experts'"
+                )
+        return dict.fromkeys(candidates.units, shares)
+
+    return score
+
+
 SCORES: dict[str, Callable[..., Score]] = {
     "random": random,
     "magnitude": magnitude,
@@ -146,6 +173,7 @@ SCORES: dict[str, Callable[..., Score]] = {
     "low_rank": low_rank,
     "change": change,
     "activation": activation,
+    "gate": gate,
 }
 
 

@@ -90,8 +90,8 @@ def select(
     Args:
         score: a name (`jaxft.methods.selection.scores`), `{name: ..., options}`, or a function
             `(rng, candidates, probe) -> scores by path`.
-        granularity: what is chosen as a whole: element, row (input channel), column (output channel), block, matrix (of
-            one layer), layer (all its matrices), leaf (all its layers).
+        granularity: what is chosen as a whole: element, row (input channel), column (output channel), block, expert (its
+            matrix in a mixture), matrix (of one layer), layer (all its matrices), leaf (all its layers).
         budget: how much of each pool trains: a fraction below 1, or a number of units.
         per: what shares one budget: the units of a matrix (the default within matrices), of a leaf, of a layer, of a
             category, or of the model (the default for whole matrices, layers and leaves).
@@ -287,7 +287,7 @@ def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: boo
     if granularity == "block":
         take = lambda m, i: gather_blocks(m, i, size, size)  # noqa: E731
         return BlockSplit(w, Trains((jax.vmap(take) if stacked else take)(dense, index)), index)
-    axis, index = -2 if granularity == "row" else -1, spell_out(index, size)
+    axis, index = {"row": -2, "column": -1, "expert": -3}[granularity], spell_out(index, size)
     return RowSplit(w, Trains(gather_rows(dense, index, axis)), index, axis)
 
 

@@ -17,14 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxft.errors import JaxftError
 
-Granularity = Literal["element", "row", "column", "block", "matrix", "layer", "leaf"]
+Granularity = Literal["element", "row", "column", "block", "expert", "matrix", "layer", "leaf"]
 """element: one entry. row, column: `size` consecutive input or output channels (a head, if `size` is its width).
-block: `size x size` entries. matrix: one layer's share of a leaf. layer: a whole layer. leaf: all its layers."""
+block: `size x size` entries. expert: one matrix of a stack of them. matrix: one layer's share of a leaf. layer: a whole layer. leaf: all its layers."""
 
 Per = Literal["matrix", "leaf", "layer", "category", "model"]
 Budget = float | int | Callable[[tuple[int, ...]], int]
 
-WITHIN = ("element", "row", "column", "block")
+WITHIN = ("element", "row", "column", "block", "expert")
 REDUCTIONS: dict[str, Callable] = {
     "mean": jnp.mean,
     "sum": jnp.sum,
@@ -50,6 +50,10 @@ def unit_shape(granularity: str, shape: tuple[int, ...], stacked: bool, size: in
         return pools, 1
     if granularity == "element":
         return pools, math.prod(matrix)
+    if granularity == "expert":
+        if len(matrix) != 3:
+            raise JaxftError(f'"{path}" of shape {shape} has no experts to choose from: select on: "@experts"')
+        return pools, matrix[0]
     if len(matrix) != 2:
         raise JaxftError(
             f'"{path}" of shape {shape} has no {granularity}s to choose from: select matrices, e.g. on: "@linear"'
@@ -75,6 +79,8 @@ def reduce_to_units(
         return reduce(score.reshape(1, -1), axis=-1)[:, None]
     if granularity in ("matrix", "layer"):
         return reduce(score.reshape(pools, -1), axis=-1)[:, None]
+    if granularity == "expert":
+        return reduce(score.reshape(pools, score.shape[1], -1), axis=-1)
     d_in, d_out = score.shape[1:]
     if granularity == "row":
         return reduce(score.reshape(pools, d_in // size, size * d_out), axis=-1)

@@ -1,0 +1,72 @@
+"""ESFT: expert-specialised fine-tuning of a mixture of experts."""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jaxft.errors import JaxftError
+from jaxft.methods.base import Method, rewrite
+from jaxft.methods.probe import Probe
+from jaxft.methods.registry import register
+from jaxft.methods.selection.scores import GateKind, routing_shares
+from jaxft.methods.selection.select import cut_units
+from jaxft.methods.selection.units import check_choice, positions
+from jaxft.partition import Tuned, split, unmarked
+from jaxft.weights import Tree
+
+
+@register(
+    "esft",
+    title="Let the Expert Stick to His Last: Expert-Specialized Fine-Tuning for Sparse Architectural Large Language "
+    "Models",
+    url="https://arxiv.org/abs/2407.01906",
+    family="selection",
+    learning_rate=1e-5,
+    example={"p": 0.4, "batches": 2},
+)
+def esft(p: float = 0.2, score: GateKind = "token", batches: int = 8, on: str = "@experts") -> Method:
+    """Train, in each layer, the few experts that a sample of the task goes to; all else is frozen.
+
+    Relevance of expert e in layer l: `R_le = mean_t g_lte` (score gate) or `mean_t 1[g_lte > 0] / K` (token), g the
+    gate of the K chosen experts and 0 elsewhere, over all tokens of the sample, as a share of the layer. The experts
+    that train are the most relevant ones, the fewest whose shares sum up to p or more:
+    `RowSplit(base [L, E, d_in, d_out], rows [L, k, d_in, d_out], index [L, k])` for gate, up and down, k the most that
+    any layer has; their weight gradients are the only ones computed.
+
+    Notes:
+        The paper averages over samples, its code (deepseek-ai/ESFT) over tokens, as here; its thresholds are p = 0.2
+        for token and 0.1 for gate. The later version of that code divides scores by their sum over layers; its
+        published scores, and the paper, divide by the sum over the experts of a layer.
+
+    Args:
+        p: the share of a layer's routing that its trained experts cover; 1 trains every expert that is used.
+        score: token, how many tokens choose an expert; gate, how much weight they give it.
+        batches: calibration batches of the task.
+        on: selector of the matrices of experts.
+    """
+    if not 0 < p <= 1:
+        raise JaxftError(f"esft: p={p} is not a share above 0 and up to 1")
+    check_choice("score", score, GateKind)
+
+    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
+        mask = covering(routing_shares(unmarked(params), probe, score, batches), p)
+        index = positions(mask, int(mask.sum(-1).max()))
+        return split(rewrite(params, on, lambda _, w: cut_units(w, index, "expert", 1, True), roles=probe.roles))
+
+    return Method(init)
+
+
+def covering(shares: Float[Array, "layers experts"], p: float) -> Bool[np.ndarray, "layers experts"]:
+    """In each row the highest shares, the fewest that sum up to p or more; ties go to the earlier expert.
+
+    Experts that nothing goes to are never among them. Raises ConcretizationTypeError for shares that are traced.
+    """
+    if isinstance(shares, jax.core.Tracer):
+        raise jax.errors.ConcretizationTypeError(shares, "how many experts train depends on where tokens go")
+    values = np.asarray(shares, np.float64)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    best = np.take_along_axis(values, order, -1)
+    needed = (np.cumsum(best, -1) - best < p) & (best > 0)
+    mask = np.zeros(values.shape, bool)
+    np.put_along_axis(mask, order, needed, -1)
+    return mask
