@@ -1,7 +1,7 @@
 """Shapes of well-known models, from their published config.json. Weights are not part of a preset.
 
 Sources: the config.json of meta-llama/Llama-2-*, Meta-Llama-3-*, Llama-3.1-*, Llama-3.2-*, mistralai/Mistral-*,
-Qwen/Qwen2.5-* and Qwen/Qwen3-* on huggingface.co.
+mistralai/Mixtral-*, Qwen/Qwen2.5-* and Qwen/Qwen3-* on huggingface.co.
 """
 
 from jaxft.errors import JaxftError, nearest
@@ -136,6 +136,39 @@ def _qwen3(
     )
 
 
+_MIXTRAL_8X7B = DecoderConfig(
+    model_type="mixtral",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(theta=1000000.0),
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    num_experts=8,
+    num_experts_per_token=2,
+    moe_intermediate_size=14336,
+    router_aux_loss_coef=0.02,
+)
+
+
+def _qwen3_moe(hidden: int, intermediate: int, expert: int, layers: int, heads: int, kv_heads: int) -> DecoderConfig:
+    dense = _qwen3(hidden, intermediate, layers, heads, kv_heads=kv_heads)
+    return dense.replace(
+        model_type="qwen3_moe",
+        num_experts=128,
+        num_experts_per_token=8,
+        moe_intermediate_size=expert,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.001,
+    )
+
+
 PRESETS: dict[str, DecoderConfig] = {
     "llama2-7b": _llama2(4096, 11008, 32, 32, 32),
     "llama2-13b": _llama2(5120, 13824, 40, 40, 40),
@@ -164,6 +197,9 @@ PRESETS: dict[str, DecoderConfig] = {
     "qwen3-8b": _qwen3(4096, 12288, 36, 32),
     "qwen3-14b": _qwen3(5120, 17408, 40, 40),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 768, 48, 32, 4),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 1536, 94, 64, 4),
+    "mixtral-8x7b": _MIXTRAL_8X7B,
 }
 
 

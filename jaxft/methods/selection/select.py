@@ -90,8 +90,8 @@ def select(
     Args:
         score: a name (`jaxft.methods.selection.scores`), `{name: ..., options}`, or a function
             `(rng, candidates, probe) -> scores by path`.
-        granularity: what is chosen as a whole: element, row (input channel), column (output channel), block, expert (its
-            matrix in a mixture), matrix (of one layer), layer (all its matrices), leaf (all its layers).
+        granularity: what is chosen as a whole: element, row (input channel), column (output channel), block, expert
+            (its matrix in a mixture), matrix (of one layer), layer (all its matrices), leaf (all its layers).
         budget: how much of each pool trains: a fraction below 1, or a number of units.
         per: what shares one budget: the units of a matrix (the default within matrices), of a leaf, of a layer, of a
             category, or of the model (the default for whole matrices, layers and leaves).

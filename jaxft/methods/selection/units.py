@@ -19,7 +19,8 @@ from jaxft.errors import JaxftError
 
 Granularity = Literal["element", "row", "column", "block", "expert", "matrix", "layer", "leaf"]
 """element: one entry. row, column: `size` consecutive input or output channels (a head, if `size` is its width).
-block: `size x size` entries. expert: one matrix of a stack of them. matrix: one layer's share of a leaf. layer: a whole layer. leaf: all its layers."""
+block: `size x size` entries. expert: one matrix of the stack that a layer has of them. matrix: one layer's share of a
+leaf. layer: a whole layer. leaf: all its layers."""
 
 Per = Literal["matrix", "leaf", "layer", "category", "model"]
 Budget = float | int | Callable[[tuple[int, ...]], int]
