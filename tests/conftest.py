@@ -14,6 +14,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     )
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+# A collective holds one thread of XLA's pool on every device, and the pool has as many threads as there are devices: two
+# collectives at once, or one beside other work, would wait for each other for ever.
+os.environ.setdefault("PJRT_NPROC", "32")
 # Shared by the workers of one run, by the processes that tests start, and by the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
