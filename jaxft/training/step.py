@@ -13,10 +13,12 @@ from jaxft.methods.base import Method, wrap_optimizer
 from jaxft.partition import Tuned, combine
 from jaxft.training.loss import Batch, Loss
 from jaxft.training.state import TrainState, tuned_of
+from jaxft.weights.training import in_training
 
 Tree = Any
 Metrics = dict[str, Any]
 _GRADIENTS = 2**31 - 1  # the stream of random numbers of `Method.gradients`; micro-batches have those of their numbers
+_WEIGHTS = 2**31 - 2  # the stream of weights that draw in a training step (dropout)
 Schedule = Callable[[Array], Array]
 
 
@@ -59,7 +61,8 @@ def summed_gradients(
 
     def one(batch: Batch, rng: Array) -> tuple[Array, Array, dict[str, Array], Tree]:
         def of_trainable(trainable: Tree) -> tuple[Array, tuple]:
-            total, weight, aux = loss(combine(tuned._replace(trainable=trainable)), batch, rng)
+            params = in_training(combine(tuned._replace(trainable=trainable)), jax.random.fold_in(rng, _WEIGHTS))
+            total, weight, aux = loss(params, batch, rng)
             return total, (weight, aux)
 
         (total, (weight, aux)), gradients = jax.value_and_grad(of_trainable, has_aux=True)(tuned.trainable)

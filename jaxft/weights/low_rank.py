@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from jaxft.weights.core import (
     Node,
@@ -23,6 +23,7 @@ from jaxft.weights.core import (
     unembed_rule,
 )
 from jaxft.weights.ragged import Axes, ragged_linear, ragged_linear_rule
+from jaxft.weights.training import in_training_rule
 
 
 @node
@@ -31,12 +32,18 @@ class LowRank(Node):
 
     The factors may be stored in fp32 under a bf16 base: products are computed in the dtype of the activation. A factor
     may itself be a node (a `Split` where only some layers have an update).
+
+    In a training step the input of `a` loses each of its entries with probability `dropout`, by the numbers of `noise`
+    uint32[..., 2] (the data of a key for each matrix of the stack), which `in_training` puts there; the others are
+    scaled up to keep the mean. Rows of an embedding are not dropped.
     """
 
     base: Weight
     a: Weight
     b: Weight
     scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+    noise: UInt32[Array, "*stack 2"] | None = None
 
 
 @materialize_rule.register
@@ -46,9 +53,26 @@ def _(w: LowRank) -> Array:
     return (base + w.scale * jnp.matmul(materialize(w.a), materialize(w.b))).astype(base.dtype)
 
 
+@in_training_rule.register
+def _(w: LowRank, rng: PRNGKeyArray) -> LowRank:
+    if not w.dropout:
+        return w
+    stack = jax.eval_shape(materialize, w.a).shape[:-2]
+    return w.replace(noise=jax.random.key_data(jax.random.split(rng, stack) if stack else rng))
+
+
+def _dropped(x: Float[Array, "... dim"], w: LowRank) -> Float[Array, "... dim"]:
+    """The input as the factors see it. The experts of a layer share one draw: each token is with one of them."""
+    if w.noise is None:
+        return x
+    key = jax.random.wrap_key_data(w.noise[(0,) * (w.noise.ndim - 1)])
+    kept = jax.random.bernoulli(key, 1 - w.dropout, x.shape)
+    return jnp.where(kept, x / (1 - w.dropout), 0).astype(x.dtype)
+
+
 @linear_rule.register
 def _(w: LowRank, x: Array) -> Array:
-    return linear(x, w.base) + w.scale * linear(linear(x, w.a), w.b)
+    return linear(x, w.base) + w.scale * linear(linear(_dropped(x, w), w.a), w.b)
 
 
 @embed_rule.register
@@ -59,17 +83,17 @@ def _(w: LowRank, tokens: Int[Array, "..."]) -> Array:
 
 @unembed_rule.register
 def _(w: LowRank, x: Array) -> Array:
-    return unembed(x, w.base) + w.scale * unembed(unembed(x, w.b), w.a)
+    return unembed(x, w.base) + w.scale * unembed(unembed(_dropped(x, w), w.b), w.a)
 
 
 @specs_rule.register
 def _(w: LowRank, spec: PartitionSpec) -> LowRank:
     *layers, d_in, d_out = pad_spec(spec, jax.eval_shape(materialize, w.a).ndim)
     a, b = PartitionSpec(*layers, d_in, None), PartitionSpec(*layers, None, d_out)
-    return LowRank(specs(w.base, spec), specs(w.a, a), specs(w.b, b), w.scale)
+    return LowRank(specs(w.base, spec), specs(w.a, a), specs(w.b, b), w.scale, w.dropout)
 
 
 @ragged_linear_rule.register
 def _(w: LowRank, x: Array, sizes: Array, axes: Axes) -> Array:
-    thin = ragged_linear(x, w.a, sizes, axes)
+    thin = ragged_linear(_dropped(x, w), w.a, sizes, axes)
     return ragged_linear(x, w.base, sizes, axes) + w.scale * ragged_linear(thin, w.b, sizes, axes)

@@ -1,16 +1,24 @@
 """LoRA: the initialisation of the reference, layer ranges, and peft's numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
 
+from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.errors import JaxftError
 from jaxft.methods import Probe, chain, count_trainable, hft, lora, merge
 from jaxft.partition import combine, map_weights, weights_by_path
-from jaxft.weights import LowRank, Split, materialize
+from jaxft.training.loss import language_model_loss
+from jaxft.training.state import init_state
+from jaxft.training.step import make_train_step
+from jaxft.weights import LowRank, Split, linear, materialize
+from jaxft.weights.training import in_training
 from tests.methods import oracle
 from tests.methods.tiny import MODEL, batches, params
 from tests.tiny_models import torch_logits
@@ -69,6 +77,7 @@ def test_under_a_split_of_another_method():
     ("options", "message"),
     [
         ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         (
             {"rank": 17, "on": "attn.k.kernel"},
             r'rank=17 exceeds the smaller side of "layers.attn.k.kernel" \(32 x 16\)',
@@ -137,3 +146,71 @@ def test_training_steps_are_those_of_peft(name):
         jax.tree.leaves(trained.trainable), jax.tree.leaves(with_factors(tuned, theirs).trainable), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+class Masked(torch.nn.Module):
+    """In the place of peft's dropout: a mask that is given."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_dropout_is_that_of_peft_under_the_same_masks():
+    theirs, (model, tree) = peft_model(), oracle.ours()
+    tuned = with_factors(cut(tree, rank=4, alpha=12, dropout=0.5), theirs)
+    tokens = jnp.asarray(oracle.TOKENS[0, :, :-1])
+    logits = jax.jit(lambda p: model.logits(p, model.hidden(p, tokens, remat="block")))
+    dropped = in_training(combine(tuned), jax.random.key(5))
+    layers = dict(theirs.base_model.model.model.layers.named_modules())
+    seen = []
+    for name, module in oracle.PROJECTIONS.items():
+        part, letter = name.split(".")
+        w = dropped["layers"][part][letter]["kernel"]
+        for i in range(3):
+            key = jax.random.wrap_key_data(w.noise[i])
+            kept = jax.random.bernoulli(key, 0.5, (*tokens.shape, w.base.shape[1]))
+            layers[f"{i}.{module}"].lora_dropout["default"] = Masked(oracle.to_torch(kept) / 0.5)
+            seen.append(np.asarray(kept[0, 0, :32]))
+    want = torch_logits(theirs, np.asarray(tokens))
+    assert np.abs(logits(dropped) - want).max() <= 1e-5 * np.abs(want).max()
+    assert np.abs(logits(combine(tuned)) - want).max() > 1e-3 * np.abs(want).max(), "none outside of training"
+    assert len({mask.tobytes() for mask in seen}) == len(seen), "every matrix of every layer draws its own"
+
+
+def test_dropout_of_a_train_step_is_a_function_of_seed_and_step():
+    tree, optimizer = params(), optax.sgd(0.0)
+    mesh = make_mesh(MeshConfig(fsdp=-1), jax.devices()[:1])
+
+    @functools.cache
+    def prepared(dropout, accumulation):
+        method = lora(rank=2, alpha=64, on="attn.q|mlp.down|head.kernel", dropout=dropout)
+        return method, make_train_step(language_model_loss(MODEL), method, optimizer, accumulation=accumulation)
+
+    def losses(seed, dropout, accumulation=1):
+        method, step = prepared(dropout, accumulation)
+        state, frozen = init_state(method, tree, optimizer, jax.random.key(seed), mesh)
+        state = state._replace(trainable=jax.tree.map(lambda x: x + 0.05, state.trainable))
+        found = []
+        for _ in range(3):
+            state, metrics = step(state, frozen, batches()[0])
+            found.append(float(metrics["loss"]))
+        return found
+
+    plain, dropped = losses(0, 0.0), losses(0, 0.3)
+    assert plain[0] == plain[1] == plain[2]
+    assert len({*plain, *dropped}) == 4 and dropped == losses(0, 0.3)
+    assert losses(1, 0.3) != dropped and losses(0, 0.3, accumulation=2) != dropped
+
+
+def test_dropout_keeps_the_mean():
+    a, b = jnp.full((64, 1), 0.1), jnp.full((1, 1), 1.0)
+    w = LowRank(jnp.zeros((64, 1)), a, b, 1.0, 0.25)
+    x = jnp.ones((5000, 64))
+    seen = linear(x, in_training({"w": w}, jax.random.key(1))["w"])
+    assert abs(float(seen.mean()) - 6.4) < 0.02  # 0.1 * 64, of 320,000 draws
+    assert abs(float(seen.std()) - 0.1 * np.sqrt(64 * 0.25 / 0.75)) < 0.02
+    np.testing.assert_allclose(linear(x, w), 6.4, rtol=1e-5)

@@ -23,7 +23,7 @@ from jaxft.weights import LowRank, Tree, Weight
     learning_rate=2e-3,
     example={"rank": 4},
 )
-def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear") -> Method:
+def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear", dropout: float = 0.0) -> Method:
     """Add a trained product of two thin matrices to frozen weights.
 
     W' = W + (alpha / rank) A B, with W `[L, d_in, d_out]` frozen, A `[L, d_in, rank]` uniform in
@@ -34,7 +34,10 @@ def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear") -> Met
         rank: the width of the product.
         alpha: the scale of the update is alpha / rank; twice the rank by default.
         on: selector of the matrices; a layer range (`layers[16:].attn`) limits it to those layers.
+        dropout: share of the inputs of A that each training step sets to zero, as in peft; none of an embedding's rows.
     """
+    if not 0 <= dropout < 1:
+        raise JaxftError(f"lora: dropout={dropout} must be at least 0 and below 1")
     if rank < 1:
         raise JaxftError(f"lora: rank={rank} must be at least 1")
     scale = (2 * rank if alpha is None else alpha) / rank
@@ -49,7 +52,7 @@ def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear") -> Met
             b = jnp.zeros((*stack, rank, d_out), jnp.float32)
             mask = layer_mask(layers, (*stack, d_in, d_out))
             a, b = (masked_node(factor, mask, stacked=bool(stack), path=path) for factor in (a, b))
-            return LowRank(w, a, b, scale)
+            return LowRank(w, a, b, scale, dropout)
 
         return split(rewrite(params, on, add, roles=probe.roles, layers=True))
 
