@@ -245,9 +245,12 @@ class Checkpointer:
 
     Orbax writes into a temporary directory and renames it when every process is done, so that a kill at any moment
     leaves either the whole checkpoint or none. Use as a context manager: leaving it waits for the save in flight.
+
+    With `read_only` nothing in the directory is changed, so that the checkpoints of a run can be read while it trains.
     """
 
-    def __init__(self, directory: str | Path, config: CheckpointConfig | None = None):
+    def __init__(self, directory: str | Path, config: CheckpointConfig | None = None, *, read_only: bool = False):
+        self._read_only = read_only
         config = config or CheckpointConfig()
         self.directory = str(directory) if "://" in str(directory) else str(Path(directory).absolute())
         self._best = config.keep_best > 0
@@ -261,7 +264,8 @@ class Checkpointer:
         keep = checkpoint_managers.AnyPreservationPolicy([latest, best]) if self._best else latest
         self._worst = math.inf if config.mode == "min" else -math.inf
         count = jax.process_count()
-        self._make_directory()
+        if not read_only:
+            self._make_directory()
         # Naming the processes makes Orbax meet through JAX's coordination service, with a time limit; by default it
         # meets in collectives on the devices, which wait for ever for a process that is lost or a step behind.
         together = ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
@@ -275,13 +279,14 @@ class Checkpointer:
                 options=ocp.CheckpointManagerOptions(
                     create=False,
                     multiprocessing_options=together,
-                    preservation_policy=keep,
+                    preservation_policy=None if read_only else keep,
                     best_fn=(lambda metrics: metrics["value"])
                     if self._best
                     else None,  # without it metrics are not written
                     best_mode=config.mode,
-                    save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
-                    cleanup_tmp_directories=True,
+                    save_decision_policy=None if read_only else checkpoint_managers.FixedIntervalPolicy(1),
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
                     enable_async_checkpointing=True,
                 ),
                 item_names=("arrays", "record"),
@@ -414,14 +419,15 @@ class Checkpointer:
         self.last_time = time.monotonic()
         return sum(x.nbytes for x in stored.values())
 
-    def restore(self, target: PyTree, base: str | None = None) -> Restored | None:
-        """The latest checkpoint that is whole, intact and of this tree.
+    def restore(self, target: PyTree, base: str | None = None, *, step: int | None = None) -> Restored | None:
+        """The latest checkpoint that is whole, intact and of this tree, or that of `step` if it is.
 
         Args:
           target: the state to restore into, as `jax.ShapeDtypeStruct`s with the shardings wanted now (the ones in the
             file are never used); leaves that were not stored must be arrays. Nothing is allocated for the others
             before.
           base: what this run calls its base model, for the message when leaves left out do not match.
+          step: only this one will do.
 
         Returns:
           None when there is no checkpoint at all.
@@ -430,17 +436,20 @@ class Checkpointer:
           CheckpointError: there are checkpoints and none can be used; the message gives the reason for each.
         """
         refused: list[tuple[int, str]] = []
-        for step in reversed(self.steps()):
+        for found in reversed(self.steps()) if step is None else [step]:
             try:
-                tree, record = self._restore(step, target, base)
+                tree, record = self._restore(found, target, base)
             except (CheckpointError, ProcessError) as error:
-                refused.append((step, str(error)))
+                refused.append((found, str(error)))
                 continue
-            warnings = tuple(f"{reason}; resuming from step {step} instead" for _, reason in refused)
-            for bad, _ in refused:
-                self._set_aside(bad)
-            self._last_saved = step
-            return Restored(step, tree, record, warnings)
+            warnings = tuple(f"{reason}; resuming from step {found} instead" for _, reason in refused)
+            if not self._read_only:
+                for bad, _ in refused:
+                    self._set_aside(bad)
+            self._last_saved = found
+            return Restored(found, tree, record, warnings)
+        if refused and step is not None:
+            raise CheckpointError(refused[0][1])
         if refused:
             reasons = "\n  ".join(reason for _, reason in refused)
             raise CheckpointError(
