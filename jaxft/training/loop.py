@@ -79,7 +79,7 @@ from jaxft.training.step import Schedule, TrainStep, make_train_step
 from jaxft.weights import materialize
 
 logger = logging.getLogger(__name__)
-_INIT = 2**31 - 2  # the stream of random numbers of fresh weights
+_FRESH = 2**31 - 2  # the stream of random numbers of fresh weights
 _UPDATES = 2**31 - 1  # the stream of random numbers of `Method.update`; the train step's streams are step numbers
 
 
@@ -296,14 +296,19 @@ def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job
     )
 
 
+def fresh_key(seed: int) -> jax.Array:
+    """The key from which a run with `model.init: random` draws its first weights."""
+    return jax.random.fold_in(jax.random.key(seed), _FRESH)
+
+
 def load_base(job: Job) -> tuple[PyTree, ShardingReport]:
     """The base model's parameters on the mesh, and what of them could not be divided over it as the rules say."""
     settings, report = job.config.model, ShardingReport()
     param_dtype = dtype(settings.param_dtype)
     shardings = tree_shardings(job.model.abstract(param_dtype), job.model.logical_axes(), job.mesh, report=report)
     if settings.init == "random":
-        rng = jax.random.fold_in(jax.random.key(job.config.seed), _INIT)
-        return jax.jit(lambda rng: job.model.init(rng, param_dtype), out_shardings=shardings)(rng), report
+        fresh = jax.jit(lambda rng: job.model.init(rng, param_dtype), out_shardings=shardings)
+        return fresh(fresh_key(job.config.seed)), report
     _, params = load_pretrained(settings.path, dtype=param_dtype, sharding=shardings)
     return params, report
 
