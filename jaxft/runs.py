@@ -8,6 +8,7 @@ the method rewrites the base again, which gives the structure, and the saved arr
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxft.checkpoint import CheckpointConfig, Checkpointer, checksums, fingerprint, named_leaves, rebuildable
+from jaxft.checkpoint import Checkpointer, CheckpointError, checksums, fingerprint, named_leaves, rebuildable
 from jaxft.distributed import MeshConfig, make_mesh, tree_shardings
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model, load_pretrained, load_tokenizer, save_pretrained, to_host
@@ -31,11 +32,13 @@ from jaxft.hub.save import follow_umask
 from jaxft.methods import Method, Probe, build, merge, unmerged_sites
 from jaxft.partition import Tuned, combine
 from jaxft.structure import describe, left_out_of, rebuild, take_from_base, tuned_in
+from jaxft.training.loop import fresh_key
 from jaxft.training.optimizer import evaluation_parameters, make_optimizer, make_schedule
 from jaxft.training.precision import Precision, cast_floating, dtype
 from jaxft.training.state import TrainState, init_state, lay_out, tuned_of
 from jaxft.weights import Tree, materialize
 
+logger = logging.getLogger(__name__)
 DELTA_FORMAT = 1
 DELTA_WEIGHTS, DELTA_RECORD = "delta.safetensors", "delta.json"
 
@@ -74,19 +77,24 @@ def is_delta(path: str | Path) -> bool:
     return (Path(path).expanduser() / DELTA_RECORD).is_file()
 
 
-def load(source: str, *, base: str | None = None, dtype: Any = jnp.float32) -> Loaded:
+def load(
+    source: str, *, base: str | None = None, dtype: Any = jnp.float32, step: int | str | None = None
+) -> Loaded:
     """A run, a delta, a Hugging Face directory, a hub id, or an embedded model.
 
     Args:
       source: which.
       base: where the base model of a run or delta is now, if it moved.
       dtype: of a plain model's parameters; a tuned one has the dtypes it was trained in.
+      step: which checkpoint of a run: its step, "best", or None for the latest.
 
     Raises:
       JaxftError: it is none of these, it has no checkpoint yet, or the base is not the one it was tuned from.
     """
     if is_run(source):
-        return load_run(source, base=base)
+        return load_run(source, base=base, step=step)
+    if step is not None:
+        raise JaxftError(f"{source} is not the output directory of a run, so it has no checkpoints to choose from")
     if is_delta(source):
         return load_delta(source, base=base)
     if base is not None:
@@ -110,15 +118,17 @@ def _base(path: str, dtype: Any, fresh_seed: int | None = None) -> tuple[Any, Tr
     return load_pretrained(path, dtype=dtype, sharding=shardings)
 
 
-def fresh_key(seed: int) -> jax.Array:
-    """The key from which a run with `model.init: random` draws its first weights."""
-    from jaxft.training.loop import _INIT
+def load_run(directory: str | Path, *, base: str | None = None, step: int | str | None = None) -> Loaded:
+    """The tuned model of a run, which may be training: nothing in its directory is changed.
 
-    return jax.random.fold_in(jax.random.key(seed), _INIT)
+    Args:
+      directory: the output directory of the run.
+      base: the base model, if it is not where it was.
+      step: which checkpoint: its step, "best", or None for the latest good one.
 
-
-def load_run(directory: str | Path, *, base: str | None = None) -> Loaded:
-    """The tuned model of a run, from its latest good checkpoint. Raises JaxftError if there is none."""
+    Raises:
+      JaxftError: there is no such checkpoint, or none that is whole and of this base model.
+    """
     from jaxft.config import load_config  # config reads this room's neighbours, and only runs need it
 
     directory = Path(directory).expanduser()
@@ -129,21 +139,46 @@ def load_run(directory: str | Path, *, base: str | None = None) -> Loaded:
     precision = Precision(config.model.param_dtype, config.model.frozen_dtype, config.model.compute_dtype)
     fresh_seed = config.seed if config.model.init == "random" else None
     model, params = _base(config.model.path, jnp.dtype(precision.param_dtype), fresh_seed)
-    with Checkpointer(checkpoints, CheckpointConfig()) as checkpointer:
-        steps = checkpointer.steps()
-        if not steps:
-            raise JaxftError(f"{directory}: the run has no checkpoint yet; `jaxft train {directory}` goes on with it")
-        document = checkpointer.record(steps[-1])
-        optimizer = make_optimizer(config.training.optimizer, make_schedule(config.training.learning_rate, steps[-1]))
-        method = build(config.method)
-        target = _target(document, method, params, model, optimizer, config.seed, precision)
-        restored = checkpointer.restore(target, base=config.model.path)
-    assert restored is not None  # it has steps
+    method = build(config.method)
+    refused: list[str] = []
+    restored = None
+    with Checkpointer(checkpoints, config.checkpoint, read_only=True) as checkpointer:
+        for number in _candidates(checkpointer, step, directory):
+            optimizer = make_optimizer(config.training.optimizer, make_schedule(config.training.learning_rate, number))
+            try:
+                document = checkpointer.record(number)
+                target = _target(document, method, params, model, optimizer, config.seed, precision)
+                restored = checkpointer.restore(target, base=config.model.path, step=number)
+                break
+            except CheckpointError as error:
+                refused.append(str(error))
+    if restored is None:
+        raise JaxftError("\n".join(refused))
+    for reason in refused:
+        logger.warning("%s; step %d is used instead", reason, restored.step)
     state, frozen = restored.tree["state"], restored.tree["frozen"]
     trainable = evaluation_parameters(state.opt_state, state.trainable)
     tuned = tuned_of(state._replace(trainable=trainable), frozen)
     tokenizer = load_tokenizer(config.model.path)
     return Loaded(model, tokenizer, combine(tuned), params, tuned, config, restored.step, str(directory))
+
+
+def _candidates(checkpointer: Checkpointer, step: int | str | None, directory: Path) -> list[int]:
+    """The steps to try, in order."""
+    steps = checkpointer.steps()
+    if not steps:
+        raise JaxftError(f"{directory}: the run has no checkpoint yet; `jaxft train {directory}` goes on with it")
+    kept = f"there are checkpoints of the steps {', '.join(map(str, steps))}"
+    if step is None:
+        return steps[::-1]
+    if step == "best":
+        best = checkpointer.best_step()
+        if best is None:
+            raise JaxftError(f"{directory}: no checkpoint was saved with a metric to rank it by; {kept}")
+        return [best]
+    if not str(step).isdecimal() or int(step) not in steps:
+        raise JaxftError(f"{directory} has no checkpoint of step {step}; {kept}, or say best")
+    return [int(step)]
 
 
 def _target(
