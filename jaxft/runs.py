@@ -77,9 +77,7 @@ def is_delta(path: str | Path) -> bool:
     return (Path(path).expanduser() / DELTA_RECORD).is_file()
 
 
-def load(
-    source: str, *, base: str | None = None, dtype: Any = jnp.float32, step: int | str | None = None
-) -> Loaded:
+def load(source: str, *, base: str | None = None, dtype: Any = jnp.float32, step: int | str | None = None) -> Loaded:
     """A run, a delta, a Hugging Face directory, a hub id, or an embedded model.
 
     Args:

@@ -16,6 +16,7 @@ from jaxft.checkpoint import checksums
 from jaxft.cli import main
 from jaxft.methods import methods
 from jaxft.runs import load
+from jaxft.training import read_metrics
 from jaxft.weights import materialize
 from tests.training.tiny import write_tiny
 
@@ -205,6 +206,33 @@ def test_an_export_has_the_tuned_logits_in_transformers(cli, home, run_directory
     code, _, err = cli("export", run_directory, output, "--overwrite", "--dtype", "bfloat16")
     assert code == 0, err
     assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_best_checkpoint_or_any_can_be_taken_from_a_run_that_trains(cli, home, run_directory, tmp_path):
+    run = tmp_path / "run"
+    overrides = ["checkpoint={every: 1, keep_last: 1, metric: held_out.loss, mode: max}", "evaluation.every=1"]
+    code, _, err = cli("train", home / "run.yaml", *overrides, f"output={run}")  # max: the worst is kept, not the last
+    assert code == 0, err
+    kept = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
+    assert kept[-1] == 4 and len(kept) == 2 and load(str(run)).step == 4
+    records = [r for r in read_metrics(run / "metrics.jsonl") if "held_out/loss" in r]
+    worst = max(records, key=lambda r: r["held_out/loss"])
+    assert load(str(run), step="best").step == worst["step"] == kept[0]
+    saving = run / "checkpoints" / "5.orbax-checkpoint-tmp"
+    saving.mkdir()
+    code, out, _ = cli("eval", run, "--step", kept[0], "--json")
+    scores = json.loads(out)
+    assert code == 0 and scores["step"] == kept[0]
+    assert scores["results"]["held_out"]["loss"] == pytest.approx(worst["held_out/loss"], rel=1e-5)
+    code, out, err = cli("export", run, tmp_path / "best", "--step", "best")
+    assert code == 0 and f"step {kept[0]}" in out, err
+    code, _, err = cli("generate", run, "-p", "w1", "--step", "3.5")
+    assert code == 2 and f"steps {kept[0]}, 4" in err and "best" in err
+    code, _, err = cli("generate", home / "model", "-p", "w1", "--step", "best")
+    assert code == 2 and "no checkpoints" in err
+    (run / "checkpoints" / "4" / "record" / "metadata").write_text("{")
+    assert load(str(run)).step == kept[0]  # the latest is damaged
+    assert saving.is_dir() and (run / "checkpoints" / "4").is_dir(), "reading moves nothing and removes nothing"
 
 
 def test_a_delta_and_its_base_are_the_tuned_model_bit_for_bit(cli, home, run_directory):

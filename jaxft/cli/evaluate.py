@@ -29,6 +29,10 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option("--base", help="Where the base model of a run or delta is, if it moved.")
     ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option("--step", metavar="best|N", help="Which checkpoint of a run; default: the latest."),
+    ] = None,
     against_base: Annotated[
         bool,
         typer.Option("--against-base/--alone", help="Score the base model too, and say what was learned and forgot."),
@@ -46,6 +50,8 @@ def evaluate(
     [bold]Examples[/bold]
 
         jaxft eval outputs/run
+
+        jaxft eval outputs/run --step best
 
         jaxft eval nano configs/quickstart.yaml
 
@@ -71,7 +77,7 @@ def evaluate(
     from jaxft.training.output import json_text, write_atomically
 
     enable_compilation_cache()
-    loaded = runs.load(source, base=base, dtype=jnp.dtype(settings.model.param_dtype))
+    loaded = runs.load(source, base=base, dtype=jnp.dtype(settings.model.param_dtype), step=step)
     mesh = runs.local_mesh()
     with jax.set_mesh(mesh):
         score = make_evaluation(

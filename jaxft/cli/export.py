@@ -19,6 +19,10 @@ def export(
         str | None, typer.Option("--dtype", help=f"Of the weights: {', '.join(DTYPES)}; default: as trained.")
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Where the base model is, if it moved.")] = None,
+    step: Annotated[
+        str | None,
+        typer.Option("--step", metavar="best|N", help="Which checkpoint of a run; default: the latest."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
 ) -> None:
     """Write what a run trained: merged into a Hugging Face directory, or as a delta.
@@ -32,6 +36,8 @@ def export(
         jaxft export outputs/run my-model
 
         jaxft export outputs/run my-model --dtype bfloat16 --overwrite
+
+        jaxft export outputs/run my-best --step best
 
         jaxft export outputs/run my-delta --delta
 
@@ -51,7 +57,7 @@ def export(
         raise JaxftError(f"{source} is not the output directory of a run (no config.yaml) nor a delta (no delta.json)")
     if not overwrite:
         runs.refuse_occupied(Path(output), None)  # before the model is loaded
-    loaded = runs.load(source, base=base)
+    loaded = runs.load(source, base=base, step=step)
     if delta:
         written = runs.save_delta(loaded, output, overwrite=overwrite)
         typer.echo(
@@ -61,9 +67,8 @@ def export(
         return
     found = runs.export(loaded, output, dtype=dtype, overwrite=overwrite)
     typer.echo(
-        f"Wrote {output}, read it back, and compared its logits with the tuned model's on {found.prompts} x "
-        f"{found.tokens} "
-        f"tokens: they differ by at most {found.largest_difference:.2g} (their standard deviation is "
+        f"Wrote step {loaded.step} to {output}, read it back, and compared its logits with the tuned model's on "
+        f"{found.prompts} x {found.tokens} tokens: they differ by at most {found.largest_difference:.2g} (their standard deviation is "
         f"{found.logit_deviation:.2g})."
     )
     typer.echo(

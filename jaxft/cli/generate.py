@@ -55,6 +55,10 @@ def generate(
     base: Annotated[
         str | None, typer.Option("--base", help="Where the base model of a run or delta is, if it moved.")
     ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option("--step", metavar="best|N", help="Which checkpoint of a run; default: the latest."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line: prompt, text, finish, tokens.")
     ] = False,
@@ -79,7 +83,7 @@ def generate(
     from jaxft.training.compilation import enable_compilation_cache
 
     enable_compilation_cache()
-    loaded = load(source, base=base, dtype=jnp.dtype(dtype))
+    loaded = load(source, base=base, dtype=jnp.dtype(dtype), step=step)
     for first in range(0, len(conversations), batch_size):
         part = conversations[first : first + batch_size]
         prompts = [c if isinstance(c, str) else chat_prompts(loaded, [c])[0] for c in part]
