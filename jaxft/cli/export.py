@@ -68,7 +68,8 @@ def export(
     found = runs.export(loaded, output, dtype=dtype, overwrite=overwrite)
     typer.echo(
         f"Wrote step {loaded.step} to {output}, read it back, and compared its logits with the tuned model's on "
-        f"{found.prompts} x {found.tokens} tokens: they differ by at most {found.largest_difference:.2g} (their standard deviation is "
+        f"{found.prompts} x {found.tokens} tokens: they differ by at most "
+        f"{found.largest_difference:.2g} (their standard deviation is "
         f"{found.logit_deviation:.2g})."
     )
     typer.echo(
