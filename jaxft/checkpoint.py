@@ -301,7 +301,8 @@ class Checkpointer:
         """Makes the directory, without what a killed run left unfinished, and checks that every process sees it.
 
         Raises:
-          CheckpointError: it cannot be made, or is on a disk that not all processes share.
+          CheckpointError: it cannot be made.
+          ProcessError: it is on a disk that not all processes share.
         """
         mark = None
 
@@ -334,7 +335,7 @@ class Checkpointer:
         if mark is not None:
             mark.unlink(missing_ok=True)
         if blind:
-            raise CheckpointError(
+            raise ProcessError(
                 f"checkpoint directory {self.directory} of process 0 is not seen by process "
                 f"{', '.join(map(str, blind[:20]))} of {jax.process_count()}: set checkpoint.directory (or output) to "
                 "one that all machines share, such as a network file system or gs://bucket/path"

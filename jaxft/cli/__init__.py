@@ -3,7 +3,6 @@
 import os
 import sys
 import traceback
-from typing import NoReturn
 
 import typer
 
@@ -46,21 +45,23 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         message = _message(error)
         if debug or message is None:
-            traceback.print_exc()
-            _exit(1)
+            _leave_job(1, error)
+            raise
         from rich.console import Console
 
         # soft_wrap keeps a long line whole, so that a path in it can be copied.
         Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        _exit(2)
+        _leave_job(2)
+        sys.exit(2)
 
 
-def _exit(code: int) -> NoReturn:
-    """Ends with `code`. A process of a job does not wait for the others on its way out: they may be gone."""
+def _leave_job(code: int, error: Exception | None = None) -> None:
+    """Ends a process of a job of several, which on the orderly way out would wait for others that may be gone."""
     processes = sys.modules.get("jaxft.distributed.processes")
-    if processes is not None:
+    if processes is not None and processes.in_a_job():
+        if error is not None:
+            traceback.print_exception(error)
         processes.leave(code)
-    sys.exit(code)
 
 
 def _message(error: Exception) -> str | None:

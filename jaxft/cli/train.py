@@ -70,17 +70,21 @@ def train(
 
         smoke_test(config, overrides or [])
         return
-    from jaxft.config import check_files, load_config
+    from jaxft.config import RunConfig, check_files, load_config
 
-    loaded = load_config(config, overrides or [])
-    check_files(loaded)
+    def checked() -> RunConfig:
+        loaded = load_config(config, overrides or [])
+        check_files(loaded)
+        return loaded
+
     if check:
         import yaml
 
-        typer.echo(yaml.safe_dump(loaded.resolved(), sort_keys=False, allow_unicode=True), nl=False)
+        typer.echo(yaml.safe_dump(checked().resolved(), sort_keys=False, allow_unicode=True), nl=False)
         return
-    from jaxft.distributed import initialize
+    from jaxft.distributed import in_step, initialize
     from jaxft.training import train as run
 
     initialize(coordinator, processes, process_id)
-    run(loaded, overwrite=overwrite)
+    # A file may be missing on one machine only; the others must not wait for it.
+    run(in_step("the configuration", checked), overwrite=overwrite)

@@ -16,7 +16,6 @@ from jaxft.distributed.processes import (
     gather,
     in_step,
     initialize,
-    leave,
     set_process_timeout,
     together,
 )
@@ -49,7 +48,6 @@ __all__ = [
     "gather",
     "in_step",
     "initialize",
-    "leave",
     "make_mesh",
     "optimizer_shardings",
     "replicated",

@@ -25,6 +25,7 @@ from jaxft.errors import JaxftError
 
 PROCESS_LOST = 75  # exit code, EX_TEMPFAIL of sysexits.h: another process was lost, and the same command resumes
 FAILED = 2  # exit code: another process met an error, which will come again
+GRACE = 1.0  # seconds in which a process may meet the same error as another, and end with it
 LINGER = 5.0  # seconds that process 0 waits for the others to have ended before it ends itself
 
 
@@ -207,6 +208,7 @@ class Link:
         self._left: set[int] = set()
         self._heard = dict.fromkeys(wires, time.monotonic())
         self._closed = self._ending = False
+        self._failing = threading.Event()
         for wire in wires.values():
             wire.socket.settimeout(30.0)
         self._sentinel = _start_sentinel(self.me, self.roll[0], coordinator)
@@ -264,6 +266,7 @@ class Link:
         if left:
             return {"error": f'at "{name}": {_list(self.roll, left)} ended before the others'}
         if missing:
+            self._failing.set()
             error = f'{_list(self.roll, missing)} did not come to "{name}" within {timeout:.0f} s'
             for index in missing:  # the others raise the error
                 self._wires[index].send({"stop": error, "code": PROCESS_LOST})
@@ -306,9 +309,16 @@ class Link:
 
     def _take(self, index: int, message: dict[str, Any]) -> None:
         if "stop" in message:
+            if message["code"] == FAILED:
+                self._let_fail()
             self._end(message["stop"], message["code"])
         elif "failed" in message:
-            self._stop_all(f"{self.roll[index]} stopped: {message['failed']}", FAILED, but=index)
+            text = f"{self.roll[index]} stopped: {message['failed']}"
+            if not self._ending:
+                self._tell(text, FAILED, but=index)
+                self._let_fail()
+                self._wait_for_ends()
+                self._end(text, FAILED)
         elif "bye" in message:
             with self._changed:
                 self._left.add(index)
@@ -335,16 +345,15 @@ class Link:
     def _lost(self, index: int, how: str) -> None:
         others = "" if index else ", and it coordinated this run"
         text = f"{self.roll[index]} {how}{others}; the same command resumes from the latest checkpoint"
-        if self.index:
-            self._end(text, PROCESS_LOST)
-        self._stop_all(text, PROCESS_LOST, but=index)
-
-    def _stop_all(self, text: str, code: int, but: int) -> None:
-        """In process 0: ends every process. It ends last, for JAX aborts the others when it is gone."""
-        if not self._ending:
-            self._tell(text, code, but)
+        if self.index == 0:  # ends last, for JAX aborts the others when it is gone
+            self._tell(text, PROCESS_LOST, but=index)
             self._wait_for_ends()
-            self._end(text, code)
+        self._end(text, PROCESS_LOST)
+
+    def _let_fail(self) -> None:
+        """An error that one process met may be everybody's: each may then say so itself, and end by itself."""
+        if self._failing.wait(GRACE):
+            time.sleep(2 * LINGER)
 
     def _tell(self, text: str, code: int, but: int | None = None) -> None:
         self._ending = True
@@ -374,9 +383,12 @@ class Link:
 
     def fail(self, reason: str) -> None:
         """Tells the others that this process stops, and why: they end too."""
-        if self._ending or self._closed:
-            return
+        self._failing.set()
         self._dismiss_sentinel()
+        if self._ending or self._closed:
+            if self.index == 0:
+                self._wait_for_ends()
+            return
         if self.index:
             self._ending = True
             self._wires[0].send({"failed": reason})
@@ -385,9 +397,14 @@ class Link:
             self._thread.join(2)  # it lets go of the wires
             self._wait_for_ends()
 
+    @property
+    def broken(self) -> bool:
+        """Whether the job has failed, so that an orderly end, for which JAX waits for all, cannot be had."""
+        return self._failing.is_set() or self._ending
+
     def wait_for_end(self) -> None:
-        """Waits as long as it may take to learn that another process was lost, which ends this one."""
-        time.sleep(self.timeout + 2 * LINGER)
+        """Waits for word that another process was lost, which ends this one."""
+        time.sleep(3 * LINGER)
 
     def close(self) -> None:
         """Leaves the job in peace."""

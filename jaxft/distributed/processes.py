@@ -11,13 +11,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed as jax_distributed  # the client of its key-value store has no public name
 from jax._src.clusters import ClusterEnv  # nor has what detects clusters
 
-from jaxft.distributed.link import Link, ProcessError, answer_roll, call_roll, listen
+from jaxft.distributed.link import FAILED, Link, ProcessError, answer_roll, call_roll, listen
 from jaxft.errors import JaxftError
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def initialize(
         if place is None or place.count == 1:
             return
         _link = _join(place, timeout)
-        atexit.register(_link.close)  # runs before JAX's own farewell, which was registered first
+        atexit.register(_leave_job)  # runs before JAX's own farewell, which was registered first
         # Programs in flight together may run in another order on another process, and then their collectives wait for
         # each other for ever. Only the CPU's run like that.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -81,7 +81,7 @@ def initialize(
     elif _link is None:
         _link = _join_initialized(timeout)
         if _link is not None:
-            atexit.register(_link.close)
+            atexit.register(_leave_job)
     _require_count(processes)
 
 
@@ -293,9 +293,20 @@ def in_step(name: str, attempt: Callable[[], T]) -> T:
     return result
 
 
-def leave(code: int) -> None:
-    """Ends this process at once if it belongs to a job: the orderly way out waits for processes that may be gone."""
-    if _link is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _leave_job() -> None:
+    assert _link is not None
+    if _link.broken:
+        leave(FAILED)
+    _link.close()
+
+
+def in_a_job() -> bool:
+    """Whether this process is one of several that `initialize` has joined."""
+    return _link is not None
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once. The orderly way out of a job of several waits for processes that may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,6 +1,7 @@
 """Hugging Face safetensors in: every process reads only the slices that its devices hold."""
 
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -132,8 +133,26 @@ class _Tensors:
     def names(self) -> set[str]:
         return set(self._file_of)
 
-    def slice(self, name: str) -> Any:
-        return self._handle(self._file_of[name]).get_slice(name)
+    def slice(self, name: str) -> "_Slice":
+        file = self._file_of[name]
+        return _Slice(self.directory / file, name, tuple(self._handle(file).get_slice(name).get_shape()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+    """A tensor of a file, which is mapped into memory only while a part of it is read: what of a map has been touched
+    counts as memory of the process, and a column touches all of a matrix."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def __getitem__(self, cut: Any) -> np.ndarray:
+        with safe_open(self.file, framework="numpy") as file:
+            return file.get_slice(self.name)[cut]
 
 
 def load_pretrained(
@@ -188,20 +207,20 @@ def _reader(
         key = tuple((r.start, r.stop) for r in ranges)
         if key not in latest:
             latest.clear()
-            latest[key] = stack(slices, ranges)
+            kept = dtype or slices.flat[0][0:1].dtype
+            latest[key] = fill(np.empty([len(r) for r in ranges], kept), slices, ranges)
         return latest[key]
 
-    def stack(tensors: Any, ranges: list[range]) -> np.ndarray:
-        if not isinstance(tensors, np.ndarray):
-            return rows(tensors, ranges)
-        if tensors.ndim == 0:
-            return rows(tensors[()], ranges)
-        return np.stack([stack(tensors[i], ranges[1:]) for i in ranges[0]])
-
-    def rows(tensor: Any, ranges: list[range]) -> np.ndarray:
-        cut = tuple(slice(r.start, r.stop) for r in (reversed(ranges) if transposed else ranges))
-        array = tensor[cut]
-        return np.asarray(array.T if transposed else array, dtype)
+    def fill(out: np.ndarray, tensors: Any, ranges: list[range]) -> np.ndarray:
+        """In place: beside what is kept there is one tensor at a time."""
+        if isinstance(tensors, np.ndarray) and tensors.ndim:
+            for part, i in zip(out, ranges[0], strict=True):
+                fill(part, tensors[i], ranges[1:])
+        else:
+            tensor = tensors[()] if isinstance(tensors, np.ndarray) else tensors
+            array = tensor[tuple(slice(r.start, r.stop) for r in (reversed(ranges) if transposed else ranges))]
+            out[...] = array.T if transposed else array
+        return out
 
     return read
 

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -12,8 +13,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxft.cli import main
 from jaxft.data import TrainBatches
+from jaxft.distributed import (
+    MeshConfig,
+    ProcessError,
+    agree,
+    barrier,
+    from_first,
+    gather,
+    in_step,
+    initialize,
+    make_mesh,
+    tree_shardings,
+)
+from jaxft.errors import JaxftError
+from jaxft.hub import load_model, load_pretrained
 from jaxft.training import train
 from tests.training.tiny import tiny_config
 
@@ -42,6 +60,13 @@ class Job:
 
     def log(self, rank: int) -> str:
         return (self.directory / f"{rank}.log").read_text()
+
+    def log_until(self, rank: int, text: str, timeout: float = 10) -> str:
+        """The log of a process that has ended, once its sentinel has had its say."""
+        deadline = time.monotonic() + timeout
+        while text not in self.log(rank) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.log(rank)
 
     def logs(self) -> str:
         return "\n".join(f"--- {rank}\n{self.log(rank)[-4000:]}" for rank in self.processes)
@@ -129,6 +154,69 @@ def train_slowly(rank: int, directory: Path, output: Path, sections: dict[str, A
     train_all(rank, directory, [(output, sections)])
 
 
-def command(_rank: int, *arguments: str) -> None:
-    """The command line, as a shell would start it."""
-    main(list(arguments))
+def command(rank: int, arguments: Sequence[Sequence[str]], places: Sequence[str] | None = None) -> None:
+    """The command line of each process, as a shell would start it in the directory `places[rank]`."""
+    if places is not None:
+        os.chdir(places[rank])
+    main(list(arguments[rank]))
+
+
+def roll_call(rank: int, timeout: float) -> None:
+    """Joins the others and prints why that failed."""
+    try:
+        initialize(timeout=timeout)
+    except ProcessError as error:
+        print(f"{rank}: {error}")
+
+
+def light_work(rank: int, directory: str) -> None:
+    """Everything that needs processes and no training, in one job of two."""
+    initialize()
+    assert from_first("a", [rank]) == [0] and gather("b", rank) == [0, 1]
+    agree("c", {"x": 1})
+
+    def only_here() -> int:
+        if rank == 0:
+            raise JaxftError("only here")
+        return rank
+
+    try:
+        in_step("d", only_here)
+    except JaxftError as error:
+        print(error)
+        assert isinstance(error, ProcessError) == (rank == 1)
+    else:
+        raise AssertionError
+    load_streamed(Path(directory))
+    barrier("before lunch")
+    if rank == 0:
+        try:
+            barrier("lunch", timeout=1)
+        except ProcessError as error:
+            print(error)
+    else:  # never comes: it is ended
+        time.sleep(100)
+
+
+def load_streamed(directory: Path) -> None:
+    """Loads a model of about 170 MB of which half belongs to this process, and prints how far the memory grew."""
+    model = load_model(directory / "large")
+    mesh = make_mesh(MeshConfig(fsdp=-1))
+    shardings = tree_shardings(model.abstract(jnp.float32), model.logical_axes(), mesh)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _memory("VmRSS")
+    _, params = load_pretrained(directory / "large", dtype=jnp.float32, sharding=shardings)
+    jax.block_until_ready(params)
+    leaves = jax.tree.leaves(params)
+    here = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    whole = sum(leaf.nbytes for leaf in leaves)
+    allowed = here + max(leaf.nbytes for leaf in leaves) + 16 * 2**20
+    print(f"grew {_memory('VmHWM') - before} of {allowed}, whole {whole}")
+
+
+def _memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(field)

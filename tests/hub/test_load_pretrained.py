@@ -69,10 +69,11 @@ def test_sharded_loading_reads_only_the_shards(monkeypatch):
         is_leaf=lambda x: isinstance(x, tuple),
     )
     sizes = []
-    stack = np.stack
-    monkeypatch.setattr(load_module.np, "stack", lambda arrays: sizes.append(stack(arrays)) or sizes[-1])
+    empty = np.empty
+    monkeypatch.setattr(load_module.np, "empty", lambda shape, dtype: sizes.append(empty(shape, dtype)) or sizes[-1])
     _, params = load_pretrained(directory, dtype=jnp.float32, sharding=shardings)
     monkeypatch.undo()
+    sizes = [array for array in sizes if array.dtype == np.float32]  # the others hold handles of tensors
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b)
     assert params["layers"]["mlp"]["up"]["kernel"].sharding == shardings["layers"]["mlp"]["up"]["kernel"]
