@@ -106,7 +106,7 @@ def guard_mask(
 
     @jax.jit
     def guard(logits: dict, tuned: dict, gradient: dict) -> dict:
-        # By the chain rule through theta(m): dL/dm of a matrix is the inner product of its gradient with theta_0 - tuned.
+        # By the chain rule through theta(m), dL/dm of a matrix is <its gradient, theta_0 - theta_tuned>.
         def through(logits: dict) -> Array:
             soft = {p: jax.nn.sigmoid(x / TEMPERATURE) for p, x in logits.items()}
             moved = sum(jnp.sum(over_entries(m, base[p]) * (base[p] - tuned[p]) * gradient[p]) for p, m in soft.items())

@@ -2,7 +2,7 @@
 
 from jaxft.methods.base import Method
 from jaxft.methods.registry import register
-from jaxft.methods.selection.scores import absolute_gradient
+from jaxft.methods.selection.scores import gradient
 from jaxft.methods.selection.select import selection
 
 
@@ -19,7 +19,7 @@ def smt(
 ) -> Method:
     """Train the blocks of the attention matrices whose gradient is largest.
 
-    Matrices are cut in blocks of size x size; the m blocks of highest mean |gradient| of the whole model train, all
+    Matrices are cut in blocks of size x size; the m blocks of highest mean |summed gradient| of the model train, all
     else is frozen: `BlockSplit(base [L, ...], blocks [L, m, size, size], index [L, m])`, whose backward pass multiplies
     the chosen blocks only.
 
@@ -33,4 +33,4 @@ def smt(
         batches: calibration batches.
         on: selector of the matrices; attention and MLP: "@linear".
     """
-    return selection(absolute_gradient(batches), granularity="block", size=size, budget=budget, per="model", on=on)
+    return selection(gradient(batches), granularity="block", size=size, budget=budget, per="model", on=on)

@@ -39,7 +39,7 @@ from jaxft.methods.selection.greentrainer import backward_knapsack
 from jaxft.methods.selection.ist import reinforced
 from jaxft.methods.selection.s2ft import permute_channels
 from jaxft.methods.selection.sara import nuclear_norm, still_small
-from jaxft.methods.selection.spiel import regrow, replaced_share
+from jaxft.methods.selection.spiel import regrow
 from jaxft.partition import combine, split, weights_by_path
 from jaxft.weights import Damped, Grafted, LowRank, RowSplit, SparseDelta, Split, linear, materialize, rounded
 from tests.methods.tiny import LOSS, batches, params
@@ -126,16 +126,14 @@ def test_s2ft_permutation_changes_nothing_and_makes_the_trained_rows_contiguous(
     np.testing.assert_allclose(loss(permuted), loss(params()), rtol=1e-6)
 
 
-def test_spiel_drops_what_moved_least_and_grows_where_the_gradient_is():
+def test_spiel_drops_the_smallest_deltas_and_grows_where_the_gradient_is():
     base = jnp.zeros((1, 4, 5))
-    w = SparseDelta(base, jnp.asarray([[0.1, -5.0, 0.2, 3.0]]), jnp.asarray([[2, 7, 11, 19]], jnp.int32))
-    before = jnp.asarray([[0.0, -5.0, 0.0, 0.0]])  # moved: 0.1, 0, 0.2, 3
+    w = SparseDelta(base, jnp.asarray([[0.1, 0.0, 0.2, -3.0]]), jnp.asarray([[2, 7, 11, 19]], jnp.int32))
     gradient = jnp.zeros(20).at[jnp.asarray([4, 7, 16])].set(jnp.asarray([-9.0, 1.0, 8.0])).reshape(1, 4, 5)
-    assert regrow(w, before, gradient, 0.5).tolist() == [[4, 11, 16, 19]]
-    assert regrow(w, before, gradient, 0.3).tolist() == [[2, 4, 11, 19]]
-    assert regrow(w, before, gradient, 0.75).tolist() == [[4, 7, 16, 19]]  # a dropped position may come back
-    assert regrow(w, before, gradient, 0.1).tolist() == [[2, 7, 11, 19]]
-    assert replaced_share(0.2, 0, 10) == 0.2 and np.isclose(replaced_share(0.2, 10, 10), 0.001)
+    assert regrow(w, gradient, 0.5).tolist() == [[4, 11, 16, 19]]
+    assert regrow(w, gradient, 0.3).tolist() == [[2, 4, 11, 19]]
+    assert regrow(w, gradient, 0.75).tolist() == [[4, 7, 16, 19]]  # a dropped position may come back
+    assert regrow(w, gradient, 0.1).tolist() == [[2, 7, 11, 19]]
 
 
 def test_spiel_keeps_the_number_of_positions_and_forgets_the_dropped():

@@ -84,7 +84,7 @@ PRESETS = {
     "smt": (
         {"name": "smt", "budget": 10, "size": 8, "batches": 2},
         {
-            "score": {"name": "absolute_gradient", "batches": 2},
+            "score": {"name": "gradient", "batches": 2},
             "granularity": "block",
             "size": 8,
             "budget": 10,
