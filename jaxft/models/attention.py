@@ -138,14 +138,70 @@ def _mask(
 def _xla(q: Array, k: Array, v: Array, mask: Bool[Array, "#batch seq keys"], softcap: float | None) -> Array:
     batch, seq, heads, dim = q.shape
     kv_heads = k.shape[2]
-    grouped = q.reshape(batch, seq, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
+    # Heads before positions: each head's product is then one of contiguous matrices.
+    q = q.reshape(batch, seq, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    out = _dense(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None], softcap)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _dense(
+    q: Float[Array, "batch kv_heads group seq dim"],
+    k: Float[Array, "batch kv_heads keys dim"],
+    v: Float[Array, "batch kv_heads keys dim"],
+    mask: Bool[Array, "#batch 1 1 seq keys"],
+    softcap: float | None,
+) -> Float[Array, "batch kv_heads group seq dim"]:
+    """Attention by forming all scores of a layer, but keeping none of them for the backward pass.
+
+    What is kept is the logarithm of each query's partition sum, as in FlashAttention-2 (arXiv:2307.08691, section 3.1):
+    computing the scores again takes no longer than writing and reading them, and a model without remat does not hold
+    `batch * heads * seq * keys` numbers a layer.
+    """
+    return _dense_forward(q, k, v, mask, softcap)[0]
+
+
+def _repeated(x: Float[Array, "batch kv_heads keys dim"], group: int) -> Array:
+    """`x` for each query head: with the group among the batch axes no product sums or spreads over two axes."""
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], group, *x.shape[2:]))
+
+
+def _scores(q: Array, k: Array, softcap: float | None) -> Float[Array, "batch kv_heads group seq keys"]:
+    scores = jnp.einsum("bkgtd,bkgsd->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _dense_forward(q: Array, k: Array, v: Array, mask: Array, softcap: float | None) -> tuple[Array, tuple]:
+    keys, values = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
+    scores = jnp.where(mask, _scores(q, keys, softcap), -1e30)  # finite: a row without any key stays finite
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    out = jnp.einsum("bkgts,bkgsd->bkgtd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32) / total
+    out = out.astype(q.dtype)
+    return out, (q, k, v, mask, top + jnp.log(total), out)
+
+
+def _dense_backward(softcap: float | None, residuals: tuple, g: Array) -> tuple[Array | None, ...]:
+    q, k, v, mask, log_total, out = residuals
+    keys, values = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
+    scores = _scores(q, keys, softcap)
+    probabilities = jnp.where(mask, jnp.exp(scores - log_total), 0.0)
+    dprobabilities = jnp.einsum("bkgtd,bkgsd->bkgts", g, values, preferred_element_type=jnp.float32)
+    shift = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    dscores = probabilities * (dprobabilities - shift) / math.sqrt(q.shape[-1])
     if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    mask = mask[:, None, None]
-    logits = jnp.where(mask, logits, -1e30)  # finite: a row without any key stays finite, and so does its gradient
-    probabilities = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0.0).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", probabilities, v).reshape(batch, seq, heads, dim)
+        dscores *= 1 - jnp.square(scores / softcap)
+    dscores = dscores.astype(q.dtype)
+    dq = jnp.einsum("bkgts,bkgsd->bkgtd", dscores, keys)
+    # The transposed products are those that need no transposed copy of the scores; groups are summed in float32.
+    transposed = functools.partial(jnp.einsum, "bkgts,bkgtd->bkgds", preferred_element_type=jnp.float32)
+    dk = transposed(dscores, q).sum(2).swapaxes(2, 3).astype(k.dtype)
+    dv = transposed(probabilities.astype(v.dtype), g).sum(2).swapaxes(2, 3).astype(v.dtype)
+    return dq, dk, dv, None
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _sequence_shards(seq: int) -> int:
