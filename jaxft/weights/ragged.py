@@ -9,12 +9,14 @@ The law of nodes reads here: row r of group e becomes `x[r] @ materialize(w)[e]`
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.weights.core import Node, Weight, materialize_rule
@@ -77,13 +79,49 @@ def ragged_outer(
 ) -> Float[Array, "groups i o"]:
     """The gradient of a weight: for each group the sum of `x[r] g[r]^T` over its rows, in all shards together.
 
-    Rows beyond the sum of `sizes` count nowhere.
+    Rows beyond the sum of `sizes` count nowhere. On a mesh every device computes the part of its shard, for its share
+    of the columns along the axes that do not divide the shards, and the parts are summed where they will lie.
     """
+    mesh, arrays = jax.sharding.get_abstract_mesh(), (x, g, sizes)
+    if mesh.empty:
+        return functools.reduce(jnp.add, (_outer(*(a[shard] for a in arrays)) for shard in range(x.shape[0])))
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = tuple(axis for axis, kind in kinds if kind != AxisType.Manual)
+    rest = tuple(axis for axis in free if axis not in axes and mesh.shape[axis] > 1)
+    rest = rest if g.shape[-1] % math.prod(mesh.shape[axis] for axis in rest) == 0 else ()
+    scattered = bool(axes) and sizes.shape[1] % math.prod(mesh.shape[axis] for axis in axes) == 0
 
-    def outer(_: None, x: Array, g: Array, sizes: Array) -> Array:
-        return lax.ragged_dot_general(x, g, sizes, _OUTER)
+    def local(*arrays: Array) -> Array:
+        parts = (
+            lax.platform_dependent(*(a[shard] for a in arrays), tpu=_outer_tpu, default=_outer)
+            for shard in range(arrays[0].shape[0])
+        )
+        total = functools.reduce(jnp.add, parts)
+        if scattered:
+            return lax.psum_scatter(total, axes, scatter_dimension=0, tiled=True)
+        return lax.psum(total, axes) if axes else total
 
-    return _each_shard(outer, axes, None, x, g, sizes, summed=True)
+    rows = PartitionSpec(axes or None)
+    return jax.shard_map(
+        local,
+        in_specs=(rows, PartitionSpec(axes or None, None, rest or None), rows),
+        out_specs=PartitionSpec(axes if scattered else None, None, rest or None),
+        axis_names=set(free),
+        check_vma=False,  # the kernel does not say along which axes its result varies
+    )(*arrays)
+
+
+def _outer(x: Float[Array, "rows i"], g: Float[Array, "rows o"], sizes: Int[Array, " groups"]) -> Array:
+    return lax.ragged_dot_general(x, g, sizes, _OUTER)
+
+
+def _outer_tpu(x: Float[Array, "rows i"], g: Float[Array, "rows o"], sizes: Int[Array, " groups"]) -> Array:
+    # The grouped kernel that ships with JAX: XLA's ragged product would be a dense one, of all rows with all groups.
+    short = -x.shape[0] % 128
+    x, g = (jnp.pad(a, ((0, short), (0, 0))) if short else a for a in (x, g))
+    tile = next(size for size in (512, 256, 128) if x.shape[0] % size == 0)
+    wide = (min(512, -(-a.shape[1] // 128) * 128) for a in (x, g))
+    return tgmm(x.T, g, sizes, preferred_element_type=x.dtype, tiling=(tile, *wide))
 
 
 def group_of_row(sizes: Int[Array, "shards groups"], rows: int) -> Int[Array, "shards rows"]:
@@ -92,24 +130,15 @@ def group_of_row(sizes: Int[Array, "shards groups"], rows: int) -> Int[Array, "s
     return jax.vmap(find)(jnp.cumsum(sizes, axis=-1)).astype(jnp.int32)
 
 
-def _each_shard(fn: Callable[..., Array], axes: Axes, w: Array | None, *arrays: Array, summed: bool = False) -> Array:
-    """`fn(w, *arrays of one shard)` of every shard: stacked, or summed. On a mesh each device runs its own shard, which
-    the compiler does not find out by itself."""
+def _each_shard(fn: Callable[..., Array], axes: Axes, w: Array, *arrays: Array) -> Array:
+    """`fn(w, *arrays of one shard)` of every shard. On a mesh each device runs its own shard, which the compiler does
+    not find out by itself."""
 
-    def local(w: Array | None, *arrays: Array) -> Array:
-        found = [fn(w, *(a[shard] for a in arrays)) for shard in range(arrays[0].shape[0])]
-        if not summed:
-            return jnp.stack(found)
-        total = functools.reduce(jnp.add, found)
-        return lax.psum(total, axes) if axes else total
+    def local(w: Array, *arrays: Array) -> Array:
+        return jnp.stack([fn(w, *(a[shard] for a in arrays)) for shard in range(arrays[0].shape[0])])
 
     if not axes:
         return local(w, *arrays)
     divided, whole = PartitionSpec(axes), PartitionSpec()
-    run = jax.shard_map(
-        local,
-        in_specs=(whole, *(divided for _ in arrays)),
-        out_specs=whole if summed else divided,
-        axis_names=set(axes),
-    )
-    return run(w, *arrays)
+    specs = (whole, *(divided for _ in arrays))
+    return jax.shard_map(local, in_specs=specs, out_specs=divided, axis_names=set(axes))(w, *arrays)

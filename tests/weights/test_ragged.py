@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +23,7 @@ from jaxft.weights import (
     scan_layers,
     specs,
 )
+from jaxft.weights.ragged import _outer, _outer_tpu
 from tests.weights.test_law import CASES, close, equations, with_gradients
 
 L, E, D, ROWS = 4, 3, 8, 6
@@ -118,6 +120,13 @@ def test_only_the_chosen_experts_have_a_weight_gradient():
     jaxpr = jax.make_jaxpr(jax.grad(loss))(w.rows, normal(1, 2, ROWS, D)).jaxpr
     made = [e.outvars[0].aval.shape for e, _ in equations(jaxpr) if e.primitive.name == "ragged_dot_general"]
     assert made.count((2, D, D)) == 2 and (E, D, D) not in made, "a product for each shard, of the two experts alone"
+
+
+def test_the_kernel_for_tpu_is_the_same_product():
+    x, g, sizes = normal(1, 250, 100), normal(2, 250, 130), jnp.asarray([10, 0, 190, 20])
+    with pltpu.force_tpu_interpret_mode():
+        found = _outer_tpu(x, g, sizes)
+    np.testing.assert_allclose(found, _outer(x, g, sizes), rtol=1e-4, atol=1e-4)
 
 
 def test_observed_counts_by_expert():
