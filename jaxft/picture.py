@@ -1,4 +1,4 @@
-"""The picture of a comparison: learned against forgot, and what each run cost."""
+"""Pictures: a comparison (learned against forgot, and what each run cost), and what a method selected."""
 
 import io
 import math
@@ -43,6 +43,41 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
         _label_points(scatter, rows)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=150, facecolor="white")
+        plt.close(figure)
+    return file.getvalue()
+
+
+def draw_selection(record: Mapping[str, Any], title: str) -> bytes:
+    """A PNG of what was selected: layers by weights, dark where all entries of a weight train, white where none does.
+
+    Args:
+      record: `jaxft.selected.Selected.record()`.
+      title: of the run.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shares, columns = record["shares"], record["columns"]
+    largest = max((s for row in shares for s in row), default=0) or 1.0
+    size = (2.2 + 0.62 * max(len(columns), 4), 2.0 + 0.24 * max(len(shares), 4))
+    with plt.rc_context({"text.color": TEXT, "xtick.color": TEXT, "ytick.color": TEXT, "font.size": 9.5}):
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        if columns:
+            image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=largest, interpolation="nearest")
+            bar = figure.colorbar(image, ax=axes, format=lambda x, _: f"{100 * x:.3g} %")
+            bar.set_label("entries that train")
+        names = [
+            f"{name}\n{group}" if group else name for name, group in zip(columns, record["categories"], strict=True)
+        ]
+        axes.set_xticks(range(len(columns)), names, rotation=45, ha="right")
+        axes.set_yticks(range(0, len(shares), max(len(shares) // 16, 1)))
+        axes.set_ylabel("layer")
+        rest = [f"{path} {100 * found['share']:.3g} %" for path, found in record["others"].items() if found["share"]]
+        axes.set_title("\n".join([title, *([", ".join(rest[:4])] if rest else [])]), loc="left", fontsize=10.5)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=130, facecolor="white")
         plt.close(figure)
     return file.getvalue()
 

@@ -58,6 +58,8 @@ from jaxft.evaluation import EvaluationConfig, Results, against_base, make_evalu
 from jaxft.hub import load_model, load_pretrained, load_tokenizer
 from jaxft.methods import Method, Probe, Signals, build, count_trainable, wrap_optimizer
 from jaxft.partition import Tuned
+from jaxft.picture import draw_selection
+from jaxft.selected import selected
 from jaxft.structure import cut_structure, left_out_of, take_from_base, tuned_in
 from jaxft.training.compilation import CompilationLog, enable_compilation_cache
 from jaxft.training.consistency import file_facts, start_facts
@@ -378,6 +380,7 @@ def run_job(
         "trained_parameters": count_trainable(tuned_of(state, frozen)),
         "parameters": sum(x.size for x in jax.tree.leaves(job.model.abstract())),  # the base model's
     }
+    write_selection(job, run, state, frozen, first)
     for line in [*describe(job, counts, begun), *(f"warning: {text}" for text in begun.warnings)]:
         terminal.say(line)
 
@@ -439,6 +442,8 @@ def run_job(
     checkpointer.wait()
     if results is None:
         results = job.evaluate(tuned_params())
+    if method.update is not None:
+        write_selection(job, run, state, frozen, total)
     return finish(job, run, terminal, counts, state, results, begun)
 
 
@@ -652,6 +657,18 @@ def profile(config: ProfileConfig | None, step: int, first: int, directory: Path
         jax.profiler.start_trace(str(directory / "profile"))
     elif step == begin + config.steps:
         jax.profiler.stop_trace()
+
+
+def write_selection(job: Job, run: RunDirectory, state: TrainState, frozen: PyTree, step: int) -> None:
+    """Writes what the method selects to `selection.json` and, as a picture, `selection.png`; nothing if all trains."""
+    found = selected(tuned_of(state, frozen), job.probe.roles)
+    if not found.is_partial:
+        return
+    record = found.record()
+    run.write("selection.json", {"step": step, **record})
+    if jax.process_index() == 0:
+        names = " + ".join(method["name"] for method in job.config.method)
+        (run.path / "selection.png").write_bytes(draw_selection(record, f"{names}, step {step} of {job.steps}"))
 
 
 def describe(job: Job, counts: Mapping[str, int], begun: Begun) -> list[str]:

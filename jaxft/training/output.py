@@ -7,6 +7,7 @@ tensorboard/     the same for TensorBoard
 checkpoints/     see `jaxft.checkpoint`
 baseline.json    the evaluation of the base model, before the first step
 report.json, report.md   written when the run is finished
+selection.json, selection.png   what a selecting method trains, at the start and (where it draws again) at the end
 run.lock         held while a process trains here
 """
 
@@ -34,7 +35,7 @@ from jaxft.errors import JaxftError
 FREE_SECTIONS = ("output", "logging", "checkpoint", "mesh")
 FREE_KEYS = ("training.profile",)
 OURS = ("config.yaml", "versions.json", "metrics.jsonl", "baseline.json", "report.json", "report.md", "run.lock",
-        "tensorboard", "profile", "checkpoints", "checkpoints-refused", "wandb")  # fmt: skip
+        "selection.json", "selection.png", "tensorboard", "profile", "checkpoints", "checkpoints-refused", "wandb")  # fmt: skip
 
 
 class OutputError(JaxftError):
