@@ -6,11 +6,12 @@ estimate of the step time.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyErro
 from jaxft.hub import load_model
 from jaxft.methods import Probe, build
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
-from jaxft.training.loss import language_model_loss
+from jaxft.training.loss import Loss, language_model_loss
 from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.precision import Precision, dtype
 from jaxft.training.state import abstract_state, shardings_of, tuned_of
@@ -152,6 +153,27 @@ def abstract_batch(rows: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDt
     return {name: jax.ShapeDtypeStruct((rows, seq_len), kind, sharding=sharding) for name, kind in dtypes.items()}
 
 
+def shape_probe(loss: Loss, config: Any) -> Probe:
+    """A probe whose answers have the shapes they will have and no values: traced, it computes nothing.
+
+    What a method makes of the answers without leaving JAX is planned as it will be; one that must see values before it
+    knows its own shapes fails, as there are none.
+    """
+    kinds = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32}
+    batch = {name: np.ones((1, config.data.seq_len), kind) for name, kind in (kinds | {"positions": np.int32}).items()}
+
+    def batches() -> Iterator[dict]:
+        return itertools.repeat(batch)  # one row stands for any number: no answer has a dimension for rows
+
+    return Probe(
+        loss_fn=loss,
+        batches=batches,
+        trainer=lambda params, method, steps: params,
+        total_steps=config.training.steps or _UNKNOWN_LENGTH,
+        sets={name: batches for name in config.evaluation.sets},
+    )
+
+
 def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | None = None) -> Compiled:
     """The train step of a configuration, compiled for the devices of `mesh`, which need not be here."""
     training, settings = config.training, config.model
@@ -159,17 +181,6 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
     method = build(config.method)
     schedule = make_schedule(training.learning_rate, training.steps or _UNKNOWN_LENGTH)
     optimizer = make_optimizer(training.optimizer, schedule)
-    state, frozen = abstract_state(
-        method,
-        model.abstract(dtype(settings.param_dtype)),
-        optimizer,
-        jax.random.key(config.seed),
-        mesh,
-        logical_axes=model.logical_axes(),
-        probe=Probe(trainer=lambda params, method, steps: params, total_steps=training.steps or _UNKNOWN_LENGTH),
-        precision=precision,
-        report=report,
-    )
     loss = language_model_loss(
         model,
         compute_dtype=dtype(settings.compute_dtype),
@@ -178,6 +189,17 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
         z_loss=training.z_loss,
         row_shards=row_shards(mesh),
         router_aux_loss=settings.router_aux_loss,
+    )
+    state, frozen = abstract_state(
+        method,
+        model.abstract(dtype(settings.param_dtype)),
+        optimizer,
+        jax.random.key(config.seed),
+        mesh,
+        logical_axes=model.logical_axes(),
+        probe=shape_probe(loss, config),
+        precision=precision,
+        report=report,
     )
     step = make_train_step(
         loss,

@@ -31,6 +31,8 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "heads_in": ("tensor", "fsdp"),
+    "mlp_in": ("tensor", "fsdp"),
     "vocab": "tensor",
     "head_embed": None,
     "head_vocab": ("tensor", "fsdp"),
@@ -40,7 +42,10 @@ RULES: Rules = {
     "batch": BATCH_AXES,
     "sequence": "sequence",
 }
-"""Logical axis -> mesh axes. FSDP divides the model width of every matrix, tensor parallelism the other dimension.
+"""Logical axis -> mesh axes. FSDP divides the inputs of every matrix, tensor parallelism heads, MLP and vocabulary.
+
+Inputs, and not the last dimension: memory comes in tiles whose last dimension is 128 on a TPU, and a matrix of 8192
+outputs divided over 256 chips along them would be stored as one of four times the size.
 
 The head is divided along the vocabulary by both: the loss then gathers the hidden states of a piece, which are small,
 and not the head, which is the largest matrix, once for every piece.

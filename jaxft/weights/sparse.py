@@ -35,16 +35,25 @@ class SparseDelta(Node):
     indices: Int[Array, "*layers k"]
 
 
+def _coordinates(indices: Array, shape: tuple[int, ...]) -> tuple[Array, ...]:
+    """Flat positions as one index for each axis; padding lies beyond the first. A matrix that is divided over a mesh is
+    indexed as it lies, where flattening it would gather it."""
+    found = []
+    for size in reversed(shape[1:]):
+        indices, rest = indices // size, indices % size
+        found.append(rest)
+    return (indices, *reversed(found))
+
+
 def _scatter_add(base: Array, values: Array, indices: Array) -> Array:
     if indices.ndim > 1:
         return jax.vmap(_scatter_add)(base, values, indices)
-    flat = jnp.asarray(base).reshape(-1).at[indices].add(values.astype(base.dtype), mode="drop")
-    return flat.reshape(base.shape)
+    return jnp.asarray(base).at[_coordinates(indices, base.shape)].add(values.astype(base.dtype), mode="drop")
 
 
 def gather_flat(matrix: Array, indices: Array) -> Array:
     """Entries of `matrix` at flat positions; zero where the position is padding."""
-    return jnp.take(matrix.reshape(-1), indices, mode="fill", fill_value=0)
+    return matrix.at[_coordinates(indices, matrix.shape)].get(mode="fill", fill_value=0)
 
 
 @materialize_rule.register

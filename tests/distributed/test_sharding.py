@@ -45,7 +45,7 @@ def test_decoder_specs():
     specs = specs_by_path(tree_shardings(params(), MODEL.logical_axes(), mesh_of(fsdp=2, tensor=4)))
     assert specs["embed.embedding"] == P("tensor", "fsdp")
     assert specs["layers.attn.q.kernel"] == P(None, "fsdp", "tensor")
-    assert specs["layers.mlp.down.kernel"] == P(None, "tensor", "fsdp")
+    assert specs["layers.mlp.down.kernel"] == specs["layers.attn.o.kernel"] == P(None, ("tensor", "fsdp"))
     assert specs["head.kernel"] == P(None, ("tensor", "fsdp"))
     assert specs["final_norm.scale"] == P("fsdp")
 

@@ -62,7 +62,8 @@ def test_sharded_loading_reads_only_the_shards(monkeypatch):
     directory = checkpoint("qwen3")
     model, whole = load_pretrained(directory, dtype=jnp.float32)
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    names = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+    names = {"embed": "fsdp", "vocab": "tensor"}
+    names |= dict.fromkeys(("heads", "heads_in", "kv_heads", "mlp", "mlp_in"), "tensor")
     shardings = jax.tree.map(
         lambda axes: NamedSharding(mesh, PartitionSpec(*(names.get(axis) for axis in axes))),
         model.logical_axes(),

@@ -29,7 +29,7 @@ def test_the_params_tree_is_the_documented_one():
     assert shapes == {"gate": (3, 6, 32, 24), "up": (3, 6, 32, 24), "down": (3, 6, 24, 32)}
     assert mlp["router"]["kernel"].shape == (3, 32, 6)
     axes = model.logical_axes()["layers"]["mlp"]
-    assert axes["experts"]["down"]["kernel"] == ("layers", "expert", "mlp", "embed")
+    assert axes["experts"]["down"]["kernel"] == ("layers", "expert", "mlp_in", "embed")
     assert axes["experts"]["up"]["kernel"] == ("layers", "expert", "embed", "mlp")
     assert axes["router"]["kernel"] == ("layers", "embed", None)
 

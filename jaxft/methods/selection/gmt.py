@@ -47,8 +47,9 @@ def mask_small(ratio: float, roles: Roles = DECODER_ROLES) -> optax.GradientTran
 
     def one(keys: tuple, g: Array) -> Array:
         stacked = g.ndim > 0 and roles.is_stacked(".".join(map(key_name, keys)))
-        rows = g.reshape(g.shape[0] if stacked else 1, -1)
-        keep = rows.shape[1] - round(ratio * rows.shape[1])
+        rows = g if stacked else g[None]  # of the shape they have: a flattened matrix could not stay divided
+        entries = rows[0].size
+        keep = entries - round(ratio * entries)
         mask = best_in_rows(jnp.abs(rows), jnp.full(rows.shape[0], keep, jnp.int32))
         return jnp.where(mask, rows, 0).reshape(g.shape)
 

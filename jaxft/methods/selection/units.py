@@ -101,7 +101,7 @@ def _keys(scores: Float[Array, "..."]) -> UInt32[Array, "..."]:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _best_of_row(scores: Float[Array, " n"], count: Int[Array, ""]) -> Bool[Array, " n"]:
+def _best_of_row(scores: Float[Array, "..."], count: Int[Array, ""]) -> Bool[Array, "..."]:
     # The threshold is found bit by bit: 32 passes that count, no sort, so it scales and divides over a mesh.
     keys = _keys(scores)
 
@@ -111,12 +111,23 @@ def _best_of_row(scores: Float[Array, " n"], count: Int[Array, ""]) -> Bool[Arra
 
     threshold = lax.fori_loop(0, 32, bit, jnp.uint32(0))
     above, ties = keys > threshold, keys == threshold
-    return above | (ties & (jnp.cumsum(ties, dtype=jnp.int32) <= count - jnp.sum(above, dtype=jnp.int32)))
+    left = count - jnp.sum(above, dtype=jnp.int32)
+    # Where the ties that are taken end, found likewise: a running sum over entries would have to gather them.
+    index = jnp.zeros(scores.shape, jnp.uint32)
+    for axis, size in enumerate(scores.shape):
+        index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, scores.shape, axis)
+    bits = scores.size.bit_length()
+
+    def further(i: Array, end: Array) -> Array:
+        higher = end | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        return jnp.where(jnp.sum(ties & (index < higher), dtype=jnp.int32) <= left, higher, end)
+
+    return above | (ties & (index < lax.fori_loop(0, bits, further, jnp.uint32(0))))
 
 
 @jax.jit
-def best_in_rows(scores: Float[Array, "pools n"], counts: Int[Array, " pools"]) -> Bool[Array, "pools n"]:
-    """The `counts[i]` highest of every row."""
+def best_in_rows(scores: Float[Array, "pools ..."], counts: Int[Array, " pools"]) -> Bool[Array, "pools ..."]:
+    """The `counts[i]` highest of every row, earlier entries first among equals; a row may have several axes."""
     return jax.vmap(_best_of_row)(scores, counts)
 
 

@@ -35,6 +35,8 @@ def test_the_best_of_a_row_are_those_of_a_stable_sort():
     found = np.asarray(best_in_rows(jnp.asarray(rows), jnp.asarray(counts)))
     for row, k, mask in zip(rows, counts, found, strict=True):
         np.testing.assert_array_equal(mask, ranked(row, k))
+    shaped = best_in_rows(jnp.asarray(rows).reshape(8, 3, 19), jnp.asarray(counts))
+    np.testing.assert_array_equal(np.asarray(shaped).reshape(8, 57), found)
 
 
 @pytest.mark.parametrize("k", [1, 17, 100, 186])
