@@ -35,6 +35,25 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
         assert model.config.model_type == "llama" and names["state"].step == 2
 
 
+def test_the_architecture_names_what_there_is():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "jaxft").rglob("*.py")}
+    everything = "\n".join(sources.values())
+    for name in set(re.findall(r"\b([\w/]+\.py)\b", text)):
+        assert any(str(path).endswith(f"/{name}") for path in sources), name
+    rooms = re.search(r"^jaxft/\n(.*?)^```", text, re.S | re.M).group(1)
+    listed = {line.split()[0].rstrip("/") for line in rooms.splitlines() if line.startswith("  ") and line[2] != " "}
+    there = {
+        path.name for path in (ROOT / "jaxft").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    unlisted = there - listed - {n for n in there if n in rooms}
+    assert unlisted <= {"__init__.py", "__main__.py", "errors.py", "config_docs.py", "selected.py"}, unlisted
+    assert listed <= there, listed - there
+    walk = text[text.index("## The way of a batch") : text.index("## Rooms")]
+    for name in set(re.findall(r"`(?:\w+\.py: )?(?:[A-Z]\w+\.)?([a-zA-Z_]{3,})`", walk)):
+        assert re.search(rf"\b(def|class) {name}\b|^ *{name}\b ?[:=]|\"{name}\"", everything, re.M), name
+
+
 def test_every_command_of_a_page_exists():
     commands = get_command(app).commands
     seen = set()
