@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.errors import JaxftError, nearest
@@ -61,7 +62,7 @@ def decoder_block(
 
     def heads(name: str, normed: Array) -> Float[Array, "batch seq heads head_dim"]:
         y = project(layer, f"attn.{name}", normed)
-        return y.reshape(*y.shape[:-1], -1, config.head_dim)
+        return rearrange(y, "batch seq (heads dim) -> batch seq heads dim", dim=config.head_dim)
 
     normed = site(layer, "attn_norm", rms_norm(x, layer["attn_norm"]["scale"], epsilon))
     q, k, v = heads("q", normed), heads("k", normed), heads("v", normed)
@@ -69,7 +70,8 @@ def decoder_block(
         q = rms_norm(q, layer["attn"]["q_norm"]["scale"], epsilon)
         k = rms_norm(k, layer["attn"]["k_norm"]["scale"], epsilon)
     mixed = attend(rotate(q, *rope), rotate(k, *rope), v)
-    x = x + site(layer, "attn", project(layer, "attn.o", mixed.reshape(*mixed.shape[:-2], -1)))
+    mixed = rearrange(mixed, "batch seq heads dim -> batch seq (heads dim)")
+    x = x + site(layer, "attn", project(layer, "attn.o", mixed))
 
     normed = site(layer, "mlp_norm", rms_norm(x, layer["mlp_norm"]["scale"], epsilon))
     activation, routing = _ACTIVATIONS[config.hidden_act], None
