@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -136,12 +137,10 @@ def _mask(
 
 
 def _xla(q: Array, k: Array, v: Array, mask: Bool[Array, "#batch seq keys"], softcap: float | None) -> Array:
-    batch, seq, heads, dim = q.shape
-    kv_heads = k.shape[2]
     # Heads before positions: each head's product is then one of contiguous matrices.
-    q = q.reshape(batch, seq, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    q = rearrange(q, "batch seq (kv group) dim -> batch kv group seq dim", kv=k.shape[2])
     out = _dense(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None], softcap)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim)
+    return rearrange(out, "batch kv group seq dim -> batch seq (kv group) dim")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
