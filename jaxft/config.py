@@ -47,7 +47,10 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field(
-        "nano", min_length=1, description="`nano` (embedded), a Hugging Face directory with safetensors, or a hub id."
+        "nano",
+        min_length=1,
+        description="`nano` (embedded; `nano-moe`: the same as a mixture of experts), a Hugging Face directory with "
+        "safetensors, or a hub id.",
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained",

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from jaxft.models.language_model import LanguageModel
 from jaxft.models.presets import preset
 from jaxft.weights import Tree
 
-EMBEDDED = ("nano",)  # models inside the package, under jaxft/assets
+EMBEDDED = ("nano", "nano-moe")  # in the package, under jaxft/assets; nano-moe is nano with four copies of its MLPs
 PRESET = "preset:"  # in front of the name of a well-known shape, which has no weights
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # recomputed from the config
@@ -42,7 +44,13 @@ def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
         raise JaxftError(f'model "{name}" is a shape without weights, for `jaxft plan`: name a directory or a hub id')
     local = Path(name).expanduser()
     if name in EMBEDDED:
-        return Path(str(resources.files("jaxft") / "assets" / name))
+        nano = Path(str(resources.files("jaxft") / "assets" / "nano"))
+        if name == "nano":
+            return nano
+        from jaxft.hub.upcycle import upcycle
+
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return upcycle(nano, cache / "jaxft" / f"nano-moe-{_digest(nano / WEIGHTS)}")
     if local.is_dir():
         return local
     if local.exists():
@@ -94,6 +102,17 @@ def load_model(path_or_id: str | Path) -> LanguageModel:
     if (directory / "generation_config.json").is_file():
         generation = read_json(directory / "generation_config.json")
     return LanguageModel(config, generation)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def open_tensors(directory: Path) -> Iterator["_Tensors"]:
+    """The tensors of a checkpoint, to be read while entered."""
+    with contextlib.ExitStack() as stack:
+        yield _Tensors(directory, stack)
 
 
 class _Tensors:
@@ -179,8 +198,7 @@ def load_pretrained(
         shardings = [default] * len(flat)
     else:
         shardings = treedef.flatten_up_to(sharding)
-    with contextlib.ExitStack() as stack:
-        tensors = _Tensors(directory, stack)
+    with open_tensors(directory) as tensors:
         sources = {dotted(path): tensor_names(dotted(path), model.config) for path, _ in flat}
         _check_names(tensors, {name for names in sources.values() for name in names.flat}, directory)
         leaves = []
