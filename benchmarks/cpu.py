@@ -3,8 +3,9 @@
     python benchmarks/cpu.py                        # full, LoRA and HFT; writes benchmarks/results/cpu.{json,md}
     python benchmarks/cpu.py --threads 2 --keep-memory
     python benchmarks/cpu.py --methods all --no-torch      # every registered method, with its example options
+    python benchmarks/cpu.py --batch 2 --seq-len 64        # few tokens a step: the optimizer's pass counts for more
 
-Both frameworks train the same Llama (random weights, float32, AdamW, clipping, no recomputation), each in a process of
+Both frameworks train the same Llama (random weights, float32, AdamW, clipping), each in a process of
 its own with the same number of cores. The processes take turns step by step, so that whatever else the machine does
 falls on all of them, and ratios are medians over pairs of neighbouring steps. Where cores are shared with other work,
 believe the processor time, with one thread: with more, PyTorch's threads wait for one another in busy loops, which
@@ -24,7 +25,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from jobs import FOLDER, Job, JobFailed, Worker, model_flops_of
+from jobs import FOLDER, Job, JobFailed, Worker
 
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",  # other arenas than the first cannot hold a buffer of more than 64 MiB
@@ -36,25 +37,41 @@ CLOCKS = ("processor", "wall")
 SECONDS = 600  # the most a step, or the building of one, may take
 
 
-def measure(jobs: dict[str, Job], rounds: int, environment: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Facts and step times of jobs that take turns, by name; a job that fails has `failed` instead."""
-    found: dict[str, dict[str, Any]] = {}
-    with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(job, environment=environment)) for name, job in jobs.items()}
-        for name, worker in list(workers.items()):
-            try:
-                found[name] = worker.ready(SECONDS) | {clock: [] for clock in CLOCKS}
-                worker.step(2, SECONDS)
-            except JobFailed as error:
-                found[name] = {"failed": str(error)}
-                del workers[name]
+class Turns:
+    """Processes that take turns. Each stays until `end`; those that fail have `failed` among their figures."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self.workers: dict[str, Worker] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
+
+    def start(self, name: str, job: Job) -> None:
+        """Start a process, wait until its step is built, and make two steps that do not count."""
+        worker = Worker(job, environment=self.environment)
+        try:
+            self.facts[name] = worker.ready(SECONDS)
+            worker.step(2, SECONDS)
+            self.workers[name] = worker
+        except JobFailed as error:
+            self.facts[name] = {"failed": str(error)}
+            worker.close()
+
+    def end(self, name: str) -> None:
+        """End a process and forget it."""
+        self.facts.pop(name, None)
+        if worker := self.workers.pop(name, None):
+            worker.close()
+
+    def measure(self, rounds: int) -> dict[str, dict[str, Any]]:
+        """Facts, seconds of each step (by clock) and peak memory of all that run."""
+        found = {name: {**facts, **{clock: [] for clock in CLOCKS}} for name, facts in self.facts.items()}
         for _ in range(rounds):
-            for name, worker in workers.items():
+            for name, worker in self.workers.items():
                 step = worker.step(1, SECONDS)
                 for clock in CLOCKS:
                     found[name][clock] += step[clock]
                 found[name]["peak_bytes"] = step["peak_bytes"]
-    return found
+        return found
 
 
 def ratio(these: dict[str, Any], those: dict[str, Any], clock: str) -> float:
@@ -73,7 +90,7 @@ def methods_of(names: list[str], rank: int) -> dict[str, dict[str, Any]]:
 
 def row(method: str, found: dict[str, dict[str, Any]]) -> str:
     """One line of the table."""
-    ours, full, peer = found["jax"], found.get("full", found["jax"]), found.get("torch", {})
+    ours, full, peer = found["jax"], found["full"], found.get("torch", {})
     if "failed" in ours:
         return f"| {method} | {ours['failed']} | | | | | | | | |"
     median = {clock: 1e3 * statistics.median(ours[clock]) for clock in CLOCKS}
@@ -102,11 +119,12 @@ def page(record: dict[str, Any]) -> str:
         "Written by `python benchmarks/cpu.py`; do not edit. "
         f"{record['machine']}; {versions}; {record['threads']} thread(s); "
         f"{'freed memory kept' if record['keep_memory'] else 'the default allocator'}.",
-        f"A Llama of {record['model']}; {record['batch']} x {record['seq_len']} tokens, float32, AdamW.\n",
-        "Medians over alternating steps. *cpu*: processor time; *to full*, *to torch*: of processor time unless it "
-        "says wall; below 1 is faster. *step MiB*: arguments and temporaries of the compiled step; *peak MiB*: of the "
-        "process, compilation included.\n",
-        "| method | trained, M | cpu ms | wall ms | to full | step MiB | peak MiB | to torch | to torch, wall | "
+        f"A Llama of {record['model']}; {record['batch']} x {record['seq_len']} tokens, float32, AdamW, "
+        f"recomputing {record['remat']}.\n",
+        "Medians over alternating steps. *Trained*, in millions. *cpu*: processor time; *to full*, *to torch*: of "
+        "processor time unless it says wall; below 1 is faster. *step MiB*: arguments and temporaries of the compiled "
+        "step; *peak MiB*: of the process, compilation included.\n",
+        "| method | trained | cpu ms | wall ms | to full | step MiB | peak MiB | to torch | to torch, wall | "
         "torch's peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -130,6 +148,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--remat", default="none", choices=("none", "block"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=8, help="timed steps of each process")
     parser.add_argument("--threads", type=int, default=1)
@@ -148,31 +167,37 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "machine": f"{cpu_name()}, {os.cpu_count()} cores", "versions": {},
         "threads": options.threads, "keep_memory": options.keep_memory, "model": model,
-        "batch": options.batch, "seq_len": options.seq_len, "methods": {},
+        "batch": options.batch, "seq_len": options.seq_len, "remat": options.remat, "methods": {},
     }  # fmt: skip
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    for method, chosen in methods_of(options.methods, options.rank).items():
 
-        def job(framework: str, method: str, chosen: dict[str, Any] | None) -> Job:
-            return Job(
-                framework, model, method, options.batch, options.seq_len,
-                threads=options.threads, rank=options.rank, options=chosen,
-            )  # fmt: skip
+    def job(framework: str, method: str, chosen: dict[str, Any] | None = None) -> Job:
+        return Job(
+            framework, model, method, options.batch, options.seq_len,
+            remat=options.remat, threads=options.threads, rank=options.rank, options=chosen,
+        )  # fmt: skip
 
-        jobs = {"jax": job("jax", method, chosen)}
-        if method != "full":
-            jobs["full"] = job("jax", "full", {})
-        if options.torch and method in PEER:
-            jobs["torch"] = job("torch", method, None)
-        found = measure(jobs, options.rounds, environment)
-        for facts in found.values():
-            record["versions"] |= facts.pop("versions", {})
-        with contextlib.suppress(Exception):  # a method that needs data to know its shapes has no figure
-            found["jax"]["model_flops"] = model_flops_of(jobs["jax"])
-        record["methods"][method] = found
-        print(row(method, found), flush=True)
-        options.results.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        options.results.with_suffix(".md").write_text(page(record))
+    turns = Turns(environment)
+    try:
+        turns.start("full", job("jax", "full"))
+        for method, chosen in methods_of(options.methods, options.rank).items():
+            if method != "full":
+                turns.start("jax", job("jax", method, chosen))
+            if options.torch and method in PEER:
+                turns.start("torch", job("torch", method))
+            found = turns.measure(options.rounds)
+            found.setdefault("jax", found["full"])
+            for facts in found.values():
+                record["versions"] |= facts.pop("versions", {})
+            record["methods"][method] = found
+            print(row(method, found), flush=True)
+            options.results.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+            options.results.with_suffix(".md").write_text(page(record))
+            turns.end("jax")
+            turns.end("torch")
+    finally:
+        for name in list(turns.workers):
+            turns.end(name)
     print(page(record))
 
 

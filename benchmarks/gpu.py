@@ -20,9 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # this process only counts FLOPs; the device is for those it starts
-
-from jobs import FOLDER, Job, JobFailed, Worker, model_flops_of  # noqa: E402
+from jobs import FOLDER, Job, JobFailed, Worker, model_flops_of
 
 # Dense bfloat16 (float32 accumulation) TFLOP/s, from NVIDIA's data sheets. Where those name the rate "with sparsity"
 # it is halved. The first name that is part of the device's kind counts.
@@ -117,8 +115,8 @@ def table(record: dict[str, Any]) -> str:
         f"# {record['device']}, {record['date']}\n",
         f"Written by `python benchmarks/gpu.py`; do not edit. {record['batch']} x {record['seq_len']} tokens a step, "
         f"random weights, AdamW, {record['dtype']}; {record['machine']}; {versions}.\n",
-        "FLOPs are those the method needs (forward pass, gradients of activations, gradients of the weights that train, "
-        f"nothing recomputed); {of_peak}. Peak memory is that of the device's allocator; on a CPU, of the process.",
+        "FLOPs are those the method needs (forward pass, gradients of activations, gradients of the weights that "
+        f"train, nothing recomputed); {of_peak}. Peak memory: of the device's allocator (of the process on a CPU).",
         "\n| model | method | framework | tokens/s | to torch | step ms | MFU | peak GiB | compile s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -156,6 +154,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU: whether it runs, not how fast")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="where the figures go")
     options = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # this process only counts FLOPs; the device is for those it starts
     end = time.monotonic() + 60 * options.minutes
     models = {"tiny": "none"} if options.smoke else {m: MODELS.get(m, "block") for m in options.models}
     batch, seq_len = (2, 16) if options.smoke else (options.batch, options.seq_len)
@@ -199,7 +198,13 @@ def main() -> None:
 def unusable(job: Job, found: dict[str, Any]) -> str | None:
     """Why a framework cannot run here at all, if that is why the job failed."""
     message = found.get("failed", "")
-    signs = ("ModuleNotFoundError", "ImportError", "without a GPU it can use", f"not on {job.device}", "no GPU", "CUDA")
+    signs = (
+        "ModuleNotFoundError",
+        "ImportError",
+        "has no GPU",
+        f"not on {job.device}",
+        "initialize backend",
+    )
     return message if any(sign in message for sign in signs) else None
 
 

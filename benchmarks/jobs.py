@@ -66,9 +66,8 @@ def model_flops_of(job: Job) -> float:
     from jaxft.methods import Probe
     from jaxft.models import LanguageModel
 
-    model = LanguageModel(decoder_config(job.model))
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        tuned = jax.eval_shape(lambda params: method_of(job).init(jax.random.key(0), params, Probe()), model.abstract())
+    model, method, rng = LanguageModel(decoder_config(job.model)), method_of(job), jax.random.key(0)
+    tuned = jax.eval_shape(lambda params: method.init(rng, params, Probe()), model.abstract())
     return model_flops(model.config, tuned, job.batch, job.seq_len, "none")
 
 
@@ -233,7 +232,7 @@ class Worker:
 
 def environment_of(job: Job) -> dict[str, str]:
     """The environment of a job's process: a platform, and as many threads as it may use."""
-    found = {"JAX_PLATFORMS": "cpu"} if job.device == "cpu" or job.framework == "torch" else {}
+    found = {"JAX_PLATFORMS": "cpu" if job.device == "cpu" or job.framework == "torch" else "cuda,cpu"}
     if job.threads:
         found |= {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return found

@@ -23,7 +23,7 @@ def prepare(job: Job) -> tuple[Callable[[], float], dict[str, Any]]:
 
     device = torch.device("cuda" if job.device == "gpu" else "cpu")
     if job.device == "gpu" and not torch.cuda.is_available():
-        raise RuntimeError("PyTorch is installed without a GPU it can use")
+        raise RuntimeError("PyTorch has no GPU here")
     if job.threads:
         torch.set_num_threads(job.threads)
     torch.manual_seed(0)

@@ -1,0 +1,96 @@
+"""The pieces of benchmarks/cpu.py and benchmarks/gpu.py: a job in its process, the peer, the pages they write."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+MODEL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_layers": 4,
+    "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The benchmark modules, which import one another by their bare names."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {name: importlib.import_module(name) for name in ("jobs", "torch_peer", "cpu", "gpu")}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def job(bench, framework, method, **fields):
+    return bench["jobs"].Job(framework, MODEL, method, 2, 8, rank=2, **fields)
+
+
+@pytest.mark.parametrize("method", ["lora", "hft"])
+def test_the_peer_trains_as_many_parameters_and_learns(bench, method):
+    pytest.importorskip("torch")
+    ours, facts = bench["jobs"].prepare(job(bench, "jax", method))
+    theirs, peer = bench["torch_peer"].prepare(job(bench, "torch", method))
+    assert facts["parameters"] == peer["parameters"] - (peer["trained_parameters"] if method == "lora" else 0)
+    assert facts["trained_parameters"] == peer["trained_parameters"]
+    for step in (ours, theirs):
+        losses = [step() for _ in range(3)]
+        assert losses[2] < losses[0]  # on one batch
+
+
+def test_a_job_runs_in_its_own_process_and_says_why_it_fails(bench):
+    jobs = bench["jobs"]
+    with jobs.Worker(job(bench, "jax", "no such method")) as worker:
+        with pytest.raises(jobs.JobFailed, match="no such method"):
+            worker.ready(300)
+    with jobs.Worker(job(bench, "jax", "full", threads=1)) as worker:
+        assert worker.ready(300)["trained_parameters"] > 0
+        found = worker.step(2, 300)
+        assert len(found["wall"]) == len(found["losses"]) == 2
+        assert found["peak_bytes"] > 2**20
+    with jobs.Worker(job(bench, "jax", "full")) as worker:
+        with pytest.raises(jobs.JobFailed, match="no answer"):
+            worker.ready(0.01)
+
+
+def test_a_gpu_run_that_finds_no_gpu_says_so_and_the_page_says_what_is_known(bench, tmp_path):
+    gpu = bench["gpu"]
+    assert gpu.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert gpu.peak_flops("NVIDIA L40S") != gpu.peak_flops("NVIDIA L4")
+    assert gpu.peak_flops("cpu") is None
+    missing = gpu.unusable(
+        job(bench, "torch", "full", device="gpu"),
+        {"failed": "RuntimeError: PyTorch has no GPU here"},
+    )
+    assert missing and "has no GPU" in missing
+    assert gpu.unusable(job(bench, "torch", "full"), {"failed": gpu.why("RESOURCE_EXHAUSTED: ...")}) is None
+    names = list(gpu.jobs_of(gpu.MODELS, list(gpu.METHODS), 4, 2048, smoke=False))
+    assert len(names) == 18 and names[0] == "llama3.2-1b full jax" and names[-1] == "llama3.1-8b hft torch compiled"
+    done = {"tokens_per_second": 200.0, "step_seconds": 0.1, "model_flops_utilisation": 0.5, "peak_bytes": 2**30}
+    record = {
+        "date": "2026-01-01", "device": "NVIDIA H200", "batch": 4, "seq_len": 2048, "dtype": "bfloat16",
+        "machine": "m", "versions": {"jax": "0"}, "notes": ["torch was left out."],
+        "jobs": {
+            "m full jax": done, "m full torch": done | {"tokens_per_second": 100.0},
+            "m hft jax": {"failed": "does not fit in memory"},
+        },
+    }  # fmt: skip
+    page = gpu.table(json.loads(json.dumps(record)))
+    assert "| m | full | jax | 200 | 2.00x | 100.0 | 50.0% | 1.00 |" in page
+    assert "| m | hft | jax | does not fit in memory |" in page and "torch was left out." in page
+
+
+def test_flops_of_a_job_come_from_shapes_alone(bench):
+    """HFT saves the weight gradients of the frozen half, LoRA of all."""
+    full, half, lora = (bench["jobs"].model_flops_of(job(bench, "jax", m)) for m in ("full", "hft", "lora"))
+    assert full > half > lora > full / 2
+    preset = bench["jobs"].Job("jax", "llama3.2-1b", "full", 1, 2048)
+    # 1.24 billion parameters, all in matrices (the tied table is the head): 6 FLOPs each a token, and attention.
+    assert bench["jobs"].model_flops_of(preset) == pytest.approx(6 * 1.236e9 * 2048, rel=0.07)
+
+
+def test_ratios_are_medians_over_neighbouring_steps(bench):
+    ours, theirs = {"wall": [1.0, 2.0, 30.0]}, {"wall": [2.0, 4.0, 3.0]}
+    assert bench["cpu"].ratio(ours, theirs, "wall") == 0.5
