@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxft.checkpoint import Checkpointer, CheckpointError, checksums, fingerprint, named_leaves, rebuildable
+from jaxft.deltas import Delta, difference
+from jaxft.deltas import apply as apply_changes
 from jaxft.distributed import MeshConfig, make_mesh, tree_shardings
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model, load_pretrained, load_tokenizer, save_pretrained, to_host
@@ -386,6 +388,41 @@ def _logits(model: Any, params: Tree, tokens: Any) -> np.ndarray:
         return model.logits(params, model.hidden(params, tokens, dtype=jnp.float32, remat="none"))
 
     return to_host(jax.jit(forward)(params, tokens))
+
+
+# --- sparse changes ---------------------------------------------------------------------------------------------------
+
+
+def with_changes(loaded: Loaded, changes: Delta) -> Loaded:
+    """A model with sparse changes on top, merged: those of other tasks, or of another base of the same shapes.
+
+    Raises:
+      JaxftError: the changes do not fit its shapes, or a module of the method cannot be merged.
+    """
+    return dataclasses.replace(loaded, params=apply_changes(_merged(loaded), changes), tuned=None)
+
+
+def sparse_changes(loaded: Loaded) -> Delta:
+    """The entries in which a model differs from its base, whatever method changed them.
+
+    An entry that is the base's in the dtype that frozen weights are kept in did not change. Raises JaxftError where a
+    module of the method cannot be merged.
+    """
+    merged = _merged(loaded)
+    kept = loaded.config.model.frozen_dtype if loaded.config is not None else None
+
+    def before(new: jax.Array, base: jax.Array) -> jax.Array:
+        same = base if kept is None else base.astype(dtype(kept))
+        return jnp.where(new == same.astype(new.dtype), new, base.astype(new.dtype))
+
+    return difference(merged, jax.tree.map(before, merged, loaded.base))
+
+
+def _merged(loaded: Loaded) -> Tree:
+    merged = merge(loaded.tuned) if loaded.tuned is not None else loaded.params
+    if sites := unmerged_sites(merged):
+        raise JaxftError(f"{', '.join(sites)} cannot be merged into the weights, so it is no change of their entries")
+    return materialize(merged)
 
 
 # --- what was trained, alone ------------------------------------------------------------------------------------------

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from jaxft import deltas
+from jaxft.cli import main
 from jaxft.errors import JaxftError
+from jaxft.hub import load_pretrained
+from jaxft.training import train
+from tests.training.tiny import tiny_config, write_tiny
 
 
 def model(seed: int, dtype=jnp.float32) -> dict:
@@ -75,6 +79,43 @@ def test_another_base_and_another_dtype():
     moved = np.asarray(ported["layers"]["kernel"] != other["layers"]["kernel"])
     assert moved.sum() == 25 and ported["layers"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.flatnonzero(moved), delta["layers.kernel"].indices)
+
+
+def test_the_command_line_writes_adds_subtracts_ports_and_exports(tmp_path, capsys):
+    """Two sparse runs on one base: their files compose to a Hugging Face model, come off again, and go on another."""
+
+    def cli(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main(["export", *map(str, arguments)])
+        assert not done.value.code, capsys.readouterr().err
+
+    tiny = tmp_path / "tiny"
+    tiny.mkdir()
+    write_tiny(tiny)
+    for name, seed in (("task", 1), ("language", 2)):
+        config = tiny_config(
+            tiny,
+            tmp_path / name,
+            method={"name": "shira", "rank": 1},
+            training={"steps": 2, "learning_rate": 1e-2},
+            evaluation={"sets": {}},
+            seed=seed,
+        )
+        train(config)
+        cli(tmp_path / name, tmp_path / f"{name}.npz", "--sparse")
+    task, language = (deltas.load(tmp_path / f"{name}.npz") for name in ("task", "language"))
+    assert deltas.size(task) <= 4 * sum(sum(e.shape[1:]) for e in task.values())
+    assert (tmp_path / "task.npz").stat().st_size < 60_000
+    base = tiny / "model"
+    cli(base, tmp_path / "both", "--add", tmp_path / "task.npz", "--add", tmp_path / "language.npz")
+    _, start = load_pretrained(base)
+    _, both = load_pretrained(tmp_path / "both")
+    same(both, deltas.apply(start, deltas.add(task, language)))
+    cli(tmp_path / "both", tmp_path / "task-again", "--subtract", tmp_path / "language.npz")
+    _, again = load_pretrained(tmp_path / "task-again")
+    same(again, deltas.apply(start, task))
+    cli(tmp_path / "language", tmp_path / "stacked.npz", "--sparse", "--add", tmp_path / "task.npz")
+    assert deltas.size(deltas.load(tmp_path / "stacked.npz")) == deltas.size(deltas.add(task, language))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

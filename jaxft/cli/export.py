@@ -10,11 +10,24 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="Output directory of a run, or a delta.")],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Directory to write: new or empty.")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN", help="Output directory of a run, or a delta; with --add also a model.")
+    ],
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="Directory to write (new or empty); with --sparse a file.")
+    ],
     delta: Annotated[
         bool, typer.Option("--delta", help="Only what was trained, to be used with the base model.")
     ] = False,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Only the entries that changed, as a small file that adds up with others.")
+    ] = False,
+    add: Annotated[
+        list[str] | None, typer.Option("--add", metavar="FILE", help="A --sparse file to add; may be repeated.")
+    ] = None,
+    subtract: Annotated[
+        list[str] | None, typer.Option("--subtract", metavar="FILE", help="A --sparse file to take off again.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help=f"Of the weights: {', '.join(DTYPES)}; default: as trained.")
     ] = None,
@@ -42,22 +55,40 @@ def export(
         jaxft export outputs/run my-delta --delta
 
         jaxft export my-delta my-model
+
+        jaxft export outputs/task task.npz --sparse
+
+        jaxft export meta-llama/Llama-3.2-1B my-model --add task.npz --add language.npz
     """
     if dtype is not None and dtype not in DTYPES:
         raise JaxftError(f"--dtype {dtype}: {nearest(dtype, DTYPES)}")
     if delta and dtype is not None:
         raise JaxftError("--delta keeps the dtypes of training, so that nothing is lost: drop --dtype")
+    if sparse and (delta or dtype is not None):
+        raise JaxftError("--sparse writes the entries that changed, in float32: drop --delta and --dtype")
+    added, taken = add or [], subtract or []
+    if delta and (added or taken):
+        raise JaxftError("--delta writes what a run trained: --add and --subtract go with a merged model or --sparse")
     from pathlib import Path
 
-    from jaxft import runs
+    from jaxft import deltas, runs
     from jaxft.training.compilation import enable_compilation_cache
 
     enable_compilation_cache()
-    if not runs.is_run(source) and not runs.is_delta(source):
+    if not (runs.is_run(source) or runs.is_delta(source) or added or taken):
         raise JaxftError(f"{source} is not the output directory of a run (no config.yaml) nor a delta (no delta.json)")
-    if not overwrite:
+    if not overwrite and not sparse:
         runs.refuse_occupied(Path(output), None)  # before the model is loaded
+    changes = [deltas.load(file) for file in added] + [deltas.scale(deltas.load(file), -1) for file in taken]
     loaded = runs.load(source, base=base, step=step)
+    if changes:
+        loaded = runs.with_changes(loaded, deltas.add(*changes))
+    if sparse:
+        found_changes = runs.sparse_changes(loaded)
+        written = deltas.save(found_changes, output, note={"source": source}, overwrite=overwrite)
+        typer.echo(f"Wrote {deltas.size(found_changes):,} changed entries of {source} to {output}: {written:,} bytes.")
+        typer.echo(f"Try:  jaxft export BASE MERGED --add {output}")
+        return
     if delta:
         written = runs.save_delta(loaded, output, overwrite=overwrite)
         typer.echo(
