@@ -12,6 +12,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         "--xla_force_host_platform_device_count=8",
         # 8 devices on 2 busy cores may wait long for one another; by default XLA aborts the process after 40 s.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        # Tests compile much and compute little: half of the processor time of a compilation is LLVM's optimisation.
+        "--xla_backend_optimization_level=0",
     )
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 # A collective holds one thread of XLA's pool on every device, and the pool has as many threads as there are devices: two
