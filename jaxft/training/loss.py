@@ -189,7 +189,7 @@ def language_model_loss(
     Raises:
         JaxftError: a coefficient for a model without experts.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     has_experts = bool(getattr(config, "num_experts", 0))
     if router_aux_loss and not has_experts:
         raise JaxftError(f"router_aux_loss = {router_aux_loss}: the model has no experts, expected 0 or null")
