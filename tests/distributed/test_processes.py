@@ -47,12 +47,14 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(directory, tmp_path_factory):
-    """The same three runs on four devices of 1, 2 and 4 processes: `{count: directory of the outputs}`."""
+    """The same runs on four devices of 1, 2 and 4 processes: `{count: directory of the outputs}`. HFT with four has
+    its turn in the test of the kills."""
     root = tmp_path_factory.mktemp("counts")
     for count in (1, 2, 4):
-        runs = [(root / str(count) / name, COMMON | sections) for name, sections in METHODS.items()]
+        names = [name for name in METHODS if (name, count) != ("hft", 4)]
+        runs = [(root / str(count) / name, COMMON | METHODS[name]) for name in names]
         with Job(root / f"logs-{count}", count, 4 // count, train_all, directory, runs) as job:
-            job.finish(400)
+            job.finish()
     return {count: root / str(count) for count in (1, 2, 4)}
 
 
@@ -64,7 +66,7 @@ def losses(output: Path) -> list[float]:
 def test_losses_do_not_depend_on_the_number_of_processes(outputs, method):
     expected = losses(outputs[1] / method)
     assert len(expected) == (COMMON | METHODS[method])["training"]["steps"] and expected[-1] < expected[0] - 0.1
-    for count in (2, 4):
+    for count in (2, 4) if method != "hft" else (2,):
         np.testing.assert_allclose(losses(outputs[count] / method), expected, rtol=1e-5)
         reports = [json.loads((outputs[n] / method / "report.json").read_text()) for n in (1, count)]
         assert reports[1]["trained_parameters"] == reports[0]["trained_parameters"]
@@ -90,8 +92,8 @@ def test_told_to_stop_or_killed_it_resumes_with_another_number_of_processes(dire
     with start("killed", 4) as job:
         job.send(victim, signal.SIGKILL, lambda: steps_done(output) >= min(int(step) + 4, STEPS - 1))
         killed = time.monotonic()
-        codes = job.wait(60)
-        assert time.monotonic() - killed < 30
+        codes = job.wait()
+        assert time.monotonic() - killed < 60
     assert f"resuming after step {step}" in job.log(0)
     for rank, code in enumerate(codes):
         assert f"process {victim} (" in job.log_until(rank, "error: "), job.logs()
@@ -100,7 +102,7 @@ def test_told_to_stop_or_killed_it_resumes_with_another_number_of_processes(dire
         assert code in allowed, job.logs()
 
     with start("finished", 1) as job:
-        job.finish(200)
+        job.finish()
     assert "resuming after step" in job.log(0)
     assert json.loads((output / "report.json").read_text())["steps"] == STEPS
     found = losses(output)
@@ -154,7 +156,7 @@ def test_roll_call_meetings_and_streamed_loading(tmp_path):
     params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), model.abstract())
     save_pretrained(tmp_path / "large", model, jax.tree.map(jax.numpy.asarray, params))
     with Job(tmp_path / "two", 2, 2, light_work, str(tmp_path)) as job:
-        assert job.wait(200) == [FAILED, PROCESS_LOST], job.logs()
+        assert job.wait() == [FAILED, PROCESS_LOST], job.logs()
     assert 'did not come to "lunch" within 1 s' in job.log(0) and "process 1 (" in job.log(0), job.logs()
     assert "process 0 (" in job.log(1) and "only here" in job.log(1)
     assert "stops, because process 1 (" in job.log(1)
@@ -163,7 +165,7 @@ def test_roll_call_meetings_and_streamed_loading(tmp_path):
         assert grown <= allowed < 0.8 * whole, job.logs()
 
     with Job(tmp_path / "absent", 3, 1, roll_call, 3.0, ranks=(0, 2)) as job:
-        assert job.wait(60) == [0, 0], job.logs()
+        assert job.wait() == [0, 0], job.logs()
     for rank in (0, 2):
         assert re.search(r"3 processes were expected and 2 came within 3 s. Missing: process 1. Present: process 0 \(",
                          job.log(rank)), job.logs()  # fmt: skip
