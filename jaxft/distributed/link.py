@@ -36,12 +36,12 @@ class ProcessError(JaxftError):
 class Peer(NamedTuple):
     """A process of the job, as it named itself at the roll call."""
 
-    index: int
+    rank: int
     host: str
     pid: int
 
     def __str__(self) -> str:
-        return f"process {self.index} ({self.host}, pid {self.pid})"
+        return f"process {self.rank} ({self.host}, pid {self.pid})"
 
 
 class Wire:
@@ -131,11 +131,11 @@ def call_roll(listener: socket.socket, count: int, timeout: float) -> tuple[list
         peer = Peer(hello["index"], hello["host"], hello["pid"])
         if hello["count"] != count:
             problem = f"{peer} expects {hello['count']} processes, process 0 expects {count}"
-        elif not 0 < peer.index < count:
+        elif not 0 < peer.rank < count:
             problem = f"{peer} has a number that is not one of 1 to {count - 1}"
-        elif peer.index in came:
-            problem = f"two processes have the same number: {came[peer.index][0]} and {peer}"
-        came[peer.index if peer.index not in came else -1] = (peer, wire)
+        elif peer.rank in came:
+            problem = f"two processes have the same number: {came[peer.rank][0]} and {peer}"
+        came[peer.rank if peer.rank not in came else -1] = (peer, wire)
     if problem:
         for _, wire in came.values():
             wire.send({"refused": problem})
@@ -429,7 +429,7 @@ def _list(roll: Sequence[Peer], indices: Iterable[int]) -> str:
 def _start_sentinel(me: Peer, first: Peer, coordinator: tuple[str, int]) -> subprocess.Popen[bytes]:
     program = str(Path(__file__).with_name("sentinel.py"))
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", program, str(me), "" if me.index == 0 else str(first), *map(str, coordinator)],
+        [sys.executable, "-I", "-S", program, str(me), "" if me.rank == 0 else str(first), *map(str, coordinator)],
         stdin=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is for the run
     )

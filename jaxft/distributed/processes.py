@@ -32,8 +32,8 @@ class Place(NamedTuple):
     """Where a process stands in its job: the address of process 0, how many processes there are, and its number."""
 
     coordinator: str
-    count: int
-    index: int
+    processes: int
+    process_id: int
 
 
 # Starting
@@ -63,7 +63,7 @@ def initialize(
     global _link
     if _link is None and not jax.distributed.is_initialized():
         place = find_place(coordinator, processes, process_id, timeout)
-        if place is None or place.count == 1:
+        if place is None or place.processes == 1:
             return
         _link = _join(place, timeout)
         atexit.register(_leave_job)  # runs before JAX's own farewell, which was registered first
@@ -73,8 +73,8 @@ def initialize(
         with together():
             jax.distributed.initialize(
                 place.coordinator,
-                place.count,
-                place.index,
+                place.processes,
+                place.process_id,
                 initialization_timeout=int(timeout),
                 shutdown_timeout_seconds=60,
             )
@@ -159,15 +159,15 @@ def _host_port(coordinator: str) -> tuple[str, int]:
 
 def _join(place: Place, timeout: float) -> Link:
     host, port = _host_port(place.coordinator)
-    if place.index:
-        roll, wire = answer_roll(host, port, place.index, place.count, timeout)
-        return Link(place.index, roll, {0: wire}, (host, port))
+    if place.process_id:
+        roll, wire = answer_roll(host, port, place.process_id, place.processes, timeout)
+        return Link(place.process_id, roll, {0: wire}, (host, port))
     try:
         listener = listen(port)
     except OSError as error:
         raise ProcessError(f"process 0 cannot listen at {place.coordinator}: {error.strerror}") from error
     with listener:
-        roll, wires = call_roll(listener, place.count, timeout)
+        roll, wires = call_roll(listener, place.processes, timeout)
     return Link(0, roll, wires, (host, port))
 
 

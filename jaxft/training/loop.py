@@ -501,7 +501,8 @@ def from_checkpoint_on_base(
     So that a method that searched before it selected does not search again.
     """
     try:
-        documents = [in_step(f"record {step}", lambda s=step: checkpointer.record(s)) for step in checkpointer.steps()]
+        steps = checkpointer.steps()
+        documents = [in_step(f"record {step}", functools.partial(checkpointer.record, step)) for step in steps]
     except JaxftError:  # restoring will say what is wrong with it
         return None
     if (tuned := tuned_in(documents[-1])) is None:
