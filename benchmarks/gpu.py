@@ -74,7 +74,8 @@ def run(job: Job, steps: int, limit: float, log: Path) -> dict[str, Any]:
     """The figures of one job, or `{"failed": why}`, after at most `limit` seconds."""
     end = time.monotonic() + limit
     # Nearly all of the memory, so that what does not fit is the model's doing; the process has the device to itself.
-    with Worker(job, environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}, log=log) as worker:
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    with Worker(job, environment=environment, log=log) as worker:
         try:
             facts = worker.ready(limit)
             first = worker.step(WARM_UP, max(end - time.monotonic(), 1))
@@ -132,6 +133,8 @@ def table(record: dict[str, Any]) -> str:
         ratio = f"{found['tokens_per_second'] / best:.2f}x" if best and framework == ["jax"] else ""
         share = found["model_flops_utilisation"]
         compile_seconds = found.get("compile_seconds")
+        if "attention" in found:
+            head = f"{head[:-3]}, {found['attention']} attention | "
         lines.append(
             head + f"{found['tokens_per_second']:,.0f} | {ratio} | {1e3 * found['step_seconds']:,.1f} | "
             f"{'' if share is None else f'{share:.1%}'} | {found['peak_bytes'] / 2**30:.2f} | "

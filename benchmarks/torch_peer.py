@@ -51,8 +51,12 @@ def prepare(job: Job) -> tuple[Callable[[], float], dict[str, Any]]:
     rows = torch.randint(0, config.vocab_size, (job.batch, job.seq_len + 1), generator=generator).to(device)
     tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].reshape(-1)
 
+    # peft keeps its factors in float32 and, without this, runs their products in it.
+    casts = job.method == "lora" and dtype != torch.float32
+
     def loss_of(tokens: Any, targets: Any) -> Any:
-        logits = model(input_ids=tokens).logits
+        with torch.autocast(device.type, dtype, enabled=casts):
+            logits = model(input_ids=tokens).logits
         return torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets)
 
     forward = torch.compile(loss_of) if job.compile else loss_of
@@ -89,7 +93,8 @@ def freeze_half(model: Any) -> None:
     """HFT by `requires_grad`, in the proportions of `jaxft.methods.hft`: two of four attention matrices a layer, one or
     two of three feed-forward matrices in turn, one of two norms, the embedding but not the head, not the final norm.
 
-    Which half it is does not matter to the time of a step; over the layers every matrix trains in half of them.
+    Which half it is does not matter to the time of a step; over the layers every matrix trains in half of them. A tied
+    table trains whole, where jaxft trains half of its rows: `requires_grad` knows no rows.
     """
     attention = [("q_proj", "k_proj"), ("v_proj", "o_proj"), ("k_proj", "v_proj"), ("q_proj", "o_proj")]
     feed_forward = [("gate_proj", "up_proj"), ("down_proj",), ("up_proj",), ("gate_proj", "down_proj")]

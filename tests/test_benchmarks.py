@@ -73,12 +73,12 @@ def test_a_gpu_run_that_finds_no_gpu_says_so_and_the_page_says_what_is_known(ben
         "date": "2026-01-01", "device": "NVIDIA H200", "batch": 4, "seq_len": 2048, "dtype": "bfloat16",
         "machine": "m", "versions": {"jax": "0"}, "notes": ["torch was left out."],
         "jobs": {
-            "m full jax": done, "m full torch": done | {"tokens_per_second": 100.0},
+            "m full jax": done | {"attention": "cudnn"}, "m full torch": done | {"tokens_per_second": 100.0},
             "m hft jax": {"failed": "does not fit in memory"},
         },
     }  # fmt: skip
     page = gpu.table(json.loads(json.dumps(record)))
-    assert "| m | full | jax | 200 | 2.00x | 100.0 | 50.0% | 1.00 |" in page
+    assert "| m | full | jax, cudnn attention | 200 | 2.00x | 100.0 | 50.0% | 1.00 |" in page
     assert "| m | hft | jax | does not fit in memory |" in page and "torch was left out." in page
 
 
