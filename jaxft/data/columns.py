@@ -175,6 +175,8 @@ def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise RowError(f"{where} is {type(value).__name__} {_shown(value)}, expected an object with role and content")
     given = value.get("role", value.get("from"))
+    if given is None:
+        raise RowError(f"{where} has no role")
     if not isinstance(given, str) or given.lower() not in ROLE_NAMES:
         raise RowError(f"{where} has role {_shown(given)}; {nearest(str(given), ROLE_NAMES)}")
     role = ROLE_NAMES[given.lower()]

@@ -62,7 +62,8 @@ def generate(
       seed: makes sampling repeatable. Row i draws the same numbers whatever the other prompts are.
       dtype: of the computation and the cache.
 
-    Raises JaxftError for an empty prompt, token ids outside of the vocabulary and settings outside of their range.
+    Raises JaxftError for an empty prompt, token ids outside of the vocabulary, more tokens than the model has positions
+    for, and settings outside of their range.
     """
     _check(model, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
     rows = [_encode(i, prompt, tokenizer, model.config.vocab_size) for i, prompt in enumerate(prompts)]
@@ -71,6 +72,9 @@ def generate(
     eos = _eos(model) if eos_token_ids is None else tuple(eos_token_ids)
     if len(eos) > _MAX_EOS:
         raise JaxftError(f"eos_token_ids: {len(eos)} tokens end a row, expected at most {_MAX_EOS}")
+
+    if model.config.rope.type != "dynamic":  # which stretches to any length
+        _check_positions(rows, max_new_tokens, model.config.max_position_embeddings)
 
     width = bucket(max(len(row) for row in rows))
     tokens, segment_ids = np.zeros((2, len(rows), width), np.int32)
@@ -220,6 +224,16 @@ def _check(
         raise JaxftError("stop strings need a tokenizer to be found")
     if any(not text for text in stop):
         raise JaxftError("a stop string is empty: it would stop everything at once")
+
+
+def _check_positions(rows: list[list[int]], max_new_tokens: int, positions: int) -> None:
+    index, longest = max(enumerate(map(len, rows)), key=lambda item: item[1])
+    if longest + max_new_tokens > positions:
+        hint = f"lower max_new_tokens to {positions - longest}" if longest < positions else "shorten it"
+        raise JaxftError(
+            f"prompt {index} has {longest} tokens and max_new_tokens is {max_new_tokens}: together more than the "
+            f"{positions} positions of this model; {hint}"
+        )
 
 
 def _encode(index: int, prompt: str | Sequence[int], tokenizer: Any, vocab_size: int) -> list[int]:

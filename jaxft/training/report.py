@@ -58,9 +58,11 @@ def report_markdown(report: Report) -> str:
         "",
     ]
     if report.learned is not None:
-        lines.append(f"- learned: loss on the target sets fell by **{report.learned:.4f}** nats a token")
+        changed = "fell" if report.learned >= 0 else "rose"
+        lines.append(f"- learned: loss on the target sets {changed} by **{abs(report.learned):.4f}** nats a token")
     if report.forgot is not None:
-        lines.append(f"- forgot: loss on the retained sets rose by **{report.forgot:.4f}** nats a token")
+        changed = "rose" if report.forgot >= 0 else "fell"
+        lines.append(f"- forgot: loss on the retained sets {changed} by **{abs(report.forgot):.4f}** nats a token")
     if report.sets:
         lines += ["", "| set | kind | base loss | loss | change |", "|---|---|---|---|---|"]
         for name, found in report.sets.items():

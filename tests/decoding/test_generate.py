@@ -161,6 +161,8 @@ def test_text_and_stop_strings(tokenizer):
         ({"prompts": [[1], [96]]}, "prompt 1 holds token ids 96 to 96: expected 0 to 95"),
         ({"prompts": ["text"]}, "prompt 0 is a string: a tokenizer is needed"),
         ({"eos_token_ids": range(17)}, "17 tokens end a row, expected at most 16"),
+        ({"prompts": [[5], [5] * 40], "max_new_tokens": 25}, "prompt 1 has 40 .* 64 positions.*max_new_tokens to 24"),
+        ({"prompts": [[5] * 70], "max_new_tokens": 1}, "prompt 0 has 70 .*shorten it"),
     ],
 )
 def test_settings_out_of_range(settings, message):
