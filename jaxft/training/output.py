@@ -34,8 +34,22 @@ from jaxft.errors import JaxftError
 # What may change between the start of a run and its resumption: none of it changes the numbers of the run.
 FREE_SECTIONS = ("output", "logging", "checkpoint", "mesh")
 FREE_KEYS = ("training.profile",)
-OURS = ("config.yaml", "versions.json", "metrics.jsonl", "baseline.json", "report.json", "report.md", "run.lock",
-        "selection.json", "selection.png", "tensorboard", "profile", "checkpoints", "checkpoints-refused", "wandb")  # fmt: skip
+OURS = (
+    "config.yaml",
+    "versions.json",
+    "metrics.jsonl",
+    "baseline.json",
+    "report.json",
+    "report.md",
+    "run.lock",
+    "selection.json",
+    "selection.png",
+    "tensorboard",
+    "profile",
+    "checkpoints",
+    "checkpoints-refused",
+    "wandb",
+)
 
 
 class OutputError(JaxftError):
