@@ -121,9 +121,10 @@ def page(results: dict) -> str:
         f"Made by `python benchmarks/selection.py` on: {results['machine']}. The embedded model, AdamW in float32, "
         f"batches of 16 x 128 tokens.",
         "",
-        "Gradient and optimizer bytes and temporaries are read from the compiled step and its state and given over full "
-        f"tuning's ({whole / 2**20:.1f} MiB of gradients and optimizer state, {full['temporary_bytes'] / 2**20:.1f} MiB "
-        "of temporaries); step times are medians of ratios of alternating steps. On so small a model a step is mostly "
+        "Gradient and optimizer bytes and temporaries are read from the compiled step and its state and given over "
+        f"full tuning's ({whole / 2**20:.1f} MiB of gradients and optimizer state, "
+        f"{full['temporary_bytes'] / 2**20:.1f} MiB of temporaries); step times are medians "
+        "of ratios of alternating steps. On so small a model a step is mostly "
         "the forward pass and the head, which every method pays, so times say less than on a large one.",
         "",
         f"Whatever trains 5 % or less holds at most {MOST:.0%} of full tuning's gradient and optimizer bytes: "

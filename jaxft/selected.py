@@ -111,14 +111,14 @@ def trained_entries(w: Weight, layers: int) -> Float[np.ndarray, " layers"]:
     if isinstance(w, Gated) and marked(w.value):
         return each(np.asarray(w.is_open) * (w.value.value.size / layers))
     own = none
-    if isinstance(w, SparseDelta) and marked(w.values):
+    if isinstance(w, SparseDelta) and has_marks(w.values):
         matrix = math.prod(shape_of(w)[w.indices.ndim - 1 :])
         own = each(np.asarray((w.indices < matrix).sum(-1)))
     elif isinstance(w, RowSplit) and marked(w.rows):
         slices, entries = shape_of(w)[w.axis], math.prod(shape_of(w)[w.index.ndim - 1 :])
         own = each(np.asarray((w.index < slices).sum(-1)) * (entries // slices))
-    elif isinstance(w, BlockSplit) and marked(w.blocks):
-        block, matrix = math.prod(w.blocks.value.shape[-2:]), math.prod(shape_of(w)[-2:])
+    elif isinstance(w, BlockSplit) and has_marks(w.blocks):
+        block, matrix = math.prod(jax.tree.leaves(w.blocks)[0].shape[-2:]), math.prod(shape_of(w)[-2:])
         own = each(np.asarray((w.index < matrix // block).sum(-1)) * block)
     else:  # a node whose trained part has the shape of the weight, or stands around one that has
         parts = [getattr(w, f.name) for f in dataclasses.fields(w)] if isinstance(w, Node) else []

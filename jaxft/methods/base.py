@@ -27,7 +27,17 @@ from jaxft.partition import (
     shape_of,
     split,
 )
-from jaxft.weights import BlockSplit, Gated, RowSplit, SiteModule, SparseDelta, Tree, Weight, is_node, let_through
+from jaxft.weights import (
+    BlockSplit,
+    Gated,
+    RowSplit,
+    SiteModule,
+    SparseDelta,
+    Tree,
+    Weight,
+    is_node,
+    let_through,
+)
 
 
 class Signals(NamedTuple):
@@ -56,8 +66,9 @@ class Method(NamedTuple):
         Runs between steps; shapes and structure stay, so nothing recompiles.
     due: `(step, total_steps) -> bool`: whether `update` runs after step `step` (counted from 1).
     penalty: `tuned -> scalar`, added to the loss.
-    gradients: an `optax.GradientTransformation` put before the optimizer, or a function from optimizer to optimizer. Its
-        update is offered `value` (the loss), `frozen` (the frozen half) and `rng` (new at each step) as extra arguments.
+    gradients: an `optax.GradientTransformation` put before the optimizer, or a function from optimizer to optimizer.
+        Its update is offered `value` (the loss), `frozen` (the frozen half) and `rng` (new at each step) as extra
+        arguments.
     batch: `(rng, batch) -> batch`, inside the train step.
     needs: what `update` needs collected: `"gradients"`.
     """
@@ -312,10 +323,12 @@ def count_trainable(tuned: Tuned) -> int:
     total = sum(int(x.size) for x in jax.tree.leaves(tuned.trainable))
     for w in _nodes_in(combine(tuned)):
         if isinstance(w, SparseDelta):
-            total -= int(jnp.sum(w.indices >= math.prod(shape_of(w)[w.indices.ndim - 1 :])))
+            held = int(jnp.sum(w.indices < math.prod(shape_of(w)[w.indices.ndim - 1 :])))
+            total -= jax.tree.leaves(w.values)[0].size - held
         elif isinstance(w, BlockSplit):
-            block = math.prod(w.blocks.shape[-2:])
-            total -= block * int(jnp.sum(w.index >= math.prod(shape_of(w)[-2:]) // block))
+            blocks = jax.tree.leaves(w.blocks)[0]  # the array itself, or what is packed in it
+            block = math.prod(blocks.shape[-2:])
+            total -= blocks.size - block * int(jnp.sum(w.index < math.prod(shape_of(w)[-2:]) // block))
         elif isinstance(w, RowSplit):
             total -= w.rows.size // w.index.size * int(jnp.sum(w.index >= shape_of(w)[w.axis]))
         elif isinstance(w, Gated):

@@ -30,6 +30,7 @@ from jaxft.weights.core import (
 from jaxft.weights.gated import Damped, Gated, gated_matmul
 from jaxft.weights.grafted import Grafted, graft_share, rounded
 from jaxft.weights.low_rank import LowRank
+from jaxft.weights.packed import Packed, pack
 from jaxft.weights.ragged import (
     by_materializing_ragged,
     group_of_row,
@@ -69,6 +70,7 @@ __all__ = [
     "LowRank",
     "Node",
     "Observed",
+    "Packed",
     "RowSplit",
     "ScaleShift",
     "SiteModule",
@@ -101,6 +103,7 @@ __all__ = [
     "materialize_rule",
     "node",
     "num_layers",
+    "pack",
     "pad_spec",
     "prompt_embeddings",
     "prompt_rule",

@@ -18,6 +18,7 @@ from jaxft.weights.core import (
     specs,
     specs_rule,
 )
+from jaxft.weights.packed import Packed
 from jaxft.weights.ragged import Axes, ragged_linear_rule, ragged_matmul, ragged_outer
 
 
@@ -31,7 +32,7 @@ class SparseDelta(Node):
     """
 
     base: Weight
-    values: Float[Array, "*layers k"]
+    values: Float[Array, "*layers k"] | Packed
     indices: Int[Array, "*layers k"]
 
 
@@ -58,7 +59,7 @@ def gather_flat(matrix: Array, indices: Array) -> Array:
 
 @materialize_rule.register
 def _(w: SparseDelta) -> Array:
-    return _scatter_add(jax.lax.stop_gradient(materialize(w.base)), w.values, w.indices)
+    return _scatter_add(jax.lax.stop_gradient(materialize(w.base)), materialize(w.values), w.indices)
 
 
 @jax.custom_vjp
@@ -83,7 +84,7 @@ _sparse_matmul.defvjp(_sparse_forward, _sparse_backward)
 
 @linear_rule.register
 def _(w: SparseDelta, x: Array) -> Array:
-    return _sparse_matmul(x, materialize(w.base).astype(x.dtype), w.values, w.indices)
+    return _sparse_matmul(x, materialize(w.base).astype(x.dtype), materialize(w.values), w.indices)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -110,7 +111,7 @@ _ragged_sparse_matmul.defvjp(_ragged_sparse_forward, _ragged_sparse_backward)
 
 @ragged_linear_rule.register
 def _(w: SparseDelta, x: Array, sizes: Array, axes: Axes) -> Array:
-    return _ragged_sparse_matmul(x, materialize(w.base).astype(x.dtype), w.values, w.indices, sizes, axes)
+    return _ragged_sparse_matmul(x, materialize(w.base).astype(x.dtype), materialize(w.values), w.indices, sizes, axes)
 
 
 def _axis_names(entries: tuple) -> tuple[str, ...]:
@@ -124,7 +125,12 @@ def _(w: SparseDelta, spec: PartitionSpec) -> SparseDelta:
     layers = w.indices.ndim - 1
     names = _axis_names(tuple(spec)[layers:])
     flat = PartitionSpec(*(None,) * layers, names or None)
-    return SparseDelta(specs(w.base, spec), flat, flat)
+    values = _packed_specs(w.values, names) if isinstance(w.values, Packed) else flat
+    return SparseDelta(specs(w.base, spec), values, flat)
+
+
+def _packed_specs(w: Packed, names: tuple[str, ...]) -> Packed:
+    return w.replace(values=PartitionSpec(names or None), start=PartitionSpec())
 
 
 @node
@@ -136,7 +142,7 @@ class BlockSplit(Node):
     """
 
     base: Weight
-    blocks: Float[Array, "*layers m p q"]
+    blocks: Float[Array, "*layers m p q"] | Packed
     index: Int[Array, "*layers m"]
 
 
@@ -161,7 +167,7 @@ def _replace_blocks(base: Array, blocks: Array, index: Array) -> Array:
 
 @materialize_rule.register
 def _(w: BlockSplit) -> Array:
-    return _replace_blocks(jax.lax.stop_gradient(materialize(w.base)), w.blocks, w.index)
+    return _replace_blocks(jax.lax.stop_gradient(materialize(w.base)), materialize(w.blocks), w.index)
 
 
 @jax.custom_vjp
@@ -191,7 +197,7 @@ _block_matmul.defvjp(_block_forward, _block_backward)
 
 @linear_rule.register
 def _(w: BlockSplit, x: Array) -> Array:
-    return _block_matmul(x, materialize(w.base).astype(x.dtype), w.blocks, w.index)
+    return _block_matmul(x, materialize(w.base).astype(x.dtype), materialize(w.blocks), w.index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -219,7 +225,7 @@ _ragged_block_matmul.defvjp(_ragged_block_forward, _ragged_block_backward)
 
 @ragged_linear_rule.register
 def _(w: BlockSplit, x: Array, sizes: Array, axes: Axes) -> Array:
-    return _ragged_block_matmul(x, materialize(w.base).astype(x.dtype), w.blocks, w.index, sizes, axes)
+    return _ragged_block_matmul(x, materialize(w.base).astype(x.dtype), materialize(w.blocks), w.index, sizes, axes)
 
 
 @specs_rule.register
@@ -227,4 +233,6 @@ def _(w: BlockSplit, spec: PartitionSpec) -> BlockSplit:
     layers = w.index.ndim - 1
     names = _axis_names(pad_spec(spec, layers + 2)[layers:])
     blocks = PartitionSpec(*(None,) * layers, names or None, None, None)
+    if isinstance(w.blocks, Packed):
+        blocks = _packed_specs(w.blocks, names)
     return BlockSplit(specs(w.base, spec), blocks, PartitionSpec())

@@ -20,6 +20,7 @@ from jaxft.weights import (
     LowRank,
     Node,
     Observed,
+    Packed,
     RowSplit,
     SiteModule,
     SparseDelta,
@@ -33,6 +34,7 @@ from jaxft.weights import (
     linear_rule,
     materialize,
     node,
+    pack,
     scan_layers,
     specs,
     split_layers,
@@ -94,6 +96,17 @@ def blocks(base=None) -> BlockSplit:
     return BlockSplit(matrices() if base is None else base, Trains(values), index)
 
 
+def packed_up(w: SparseDelta | BlockSplit) -> SparseDelta | BlockSplit:
+    """The same node, its rows of different counts end to end."""
+    field, where, n = ("values", "indices", D * D) if isinstance(w, SparseDelta) else ("blocks", "index", 8)
+    windows, start, held = pack(np.asarray(getattr(w, where)), n)
+    trained = getattr(w, field)
+    array = trained.value.reshape(-1, *trained.value.shape[2:])[held]
+    array = jnp.pad(array, ((0, -len(array) % 8), *((0, 0),) * (array.ndim - 1)))  # so that it divides over the mesh
+    values = Packed(Trains(array), jnp.asarray(start), windows.shape[1])
+    return w.replace(**{field: values, where: jnp.asarray(windows)})
+
+
 def frozen_node_split() -> Split:
     cut = split_layers(matrices(), jnp.asarray(MASK), 2)
     base = LowRank(cut.frozen, normal(6, 2, D, 3), normal(7, 2, 3, D))
@@ -118,6 +131,9 @@ CASES = {
     ),
     "SparseDelta": sparse,
     "BlockSplit": blocks,
+    "SparseDelta-packed": lambda: packed_up(sparse()),
+    "BlockSplit-packed": lambda: packed_up(blocks()),
+    "SparseDelta-packed-over-Split": lambda: packed_up(sparse(split_layers(matrices(), jnp.asarray(MASK), 2))),
     "Anchored": lambda: Anchored(Trains(matrices()), matrices(1)),
     "Observed": lambda: Observed(Trains(matrices()), jnp.zeros((L, D))),
     "LowRank-over-Split": lambda: low_rank(layers_split()),
@@ -151,7 +167,7 @@ def node_classes(root: type = Node) -> set[type]:
 
 
 def test_every_node_has_a_case():
-    matrix_nodes = {cls for cls in node_classes() if not issubclass(cls, SiteModule)}
+    matrix_nodes = {cls for cls in node_classes() if not issubclass(cls, SiteModule) and cls is not Packed}  # a part
     assert matrix_nodes == {type(make()) for make in CASES.values()}
 
 

@@ -11,6 +11,8 @@ from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.methods.selection.full import full
 from jaxft.methods.selection.scores import budget_count, top_k_masks
+from jaxft.methods.selection.select import cut_units
+from jaxft.methods.selection.units import positions
 from jaxft.partition import (
     Tuned,
     combine,
@@ -18,12 +20,11 @@ from jaxft.partition import (
     has_marks,
     layer_mask,
     select,
-    sparse_node,
     split,
     unmarked,
     weights_by_path,
 )
-from jaxft.weights import SparseDelta, Tree, is_node, materialize
+from jaxft.weights import Packed, SparseDelta, Tree, Weight, is_node, materialize
 
 
 @register(
@@ -65,15 +66,16 @@ def lt_sft(budget: float = 0.05, search_steps: int = 100, on: str = "layers", l1
         masks = top_k_masks(scores, budget_count(budget, total))
         masks = {p: m for p, m in masks.items() if m.any()}
 
-        def cut(path: str, w: jax.Array) -> SparseDelta:
-            return sparse_node(w, masks[path], stacked=probe.roles.is_stacked(path), path=path)
+        def cut(path: str, w: jax.Array) -> Weight:
+            stacked = probe.roles.is_stacked(path)
+            rows = jnp.asarray(masks[path]).reshape(w.shape[0] if stacked else 1, -1)
+            return cut_units(w, positions(rows, int(rows.sum(-1).max())), "element", 1, stacked, packed=True)
 
         return split(rewrite(params, list(masks), cut, roles=probe.roles, nodes=False))
 
     def penalty(tuned: Tuned) -> Array:
-        values = [
-            jnp.abs(w.values) for w in jax.tree.leaves(combine(tuned), is_leaf=is_node) if isinstance(w, SparseDelta)
-        ]
+        nodes = [w for w in jax.tree.leaves(combine(tuned), is_leaf=is_node) if isinstance(w, SparseDelta)]
+        values = [jnp.abs(w.values.values if isinstance(w.values, Packed) else w.values) for w in nodes]
         return l1 * sum(jnp.sum(v) for v in values) / sum(v.size for v in values)
 
     return Method(init, penalty=penalty if l1 else None)

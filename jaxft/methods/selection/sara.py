@@ -48,7 +48,7 @@ def sara(budget: float | int = 0.1, adjustments: int = 1, nuclear: float = 5e-4,
     """
     if adjustments < 0 or nuclear < 0:
         raise JaxftError(f"sara: adjustments={adjustments} and nuclear={nuclear} must not be negative")
-    start = selection(magnitude(), lowest=True, budget=budget, per="model", on=on)
+    start = selection(magnitude(), lowest=True, budget=budget, per="model", on=on, redrawn=True)
 
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
         tuned = start.init(rng, params, probe)

@@ -44,6 +44,7 @@ from jaxft.partition import (
 from jaxft.partition import select as select_paths
 from jaxft.weights import (
     BlockSplit,
+    Packed,
     RowSplit,
     SiteModule,
     SparseDelta,
@@ -54,6 +55,7 @@ from jaxft.weights import (
     gather_rows,
     is_node,
     materialize,
+    pack,
     split_layers,
 )
 
@@ -132,10 +134,14 @@ def selection(
     reduction: Reduction = "mean",
     lowest: bool = False,
     due: Callable[[int, int], bool] | None = None,
+    redrawn: bool = False,
     values: Values = "fold",
     optimizer_state: OptimizerState = "carry",
 ) -> Method:
     """What `select` is made of, for presets: the budget may be a function of a matrix's shape, the schedule any `due`.
+
+    `redrawn` says that the preset draws again by itself. Otherwise, and without `due`, layers of very different counts
+    are packed end to end instead of padded to the longest (`Packed`).
 
     Raises:
         JaxftError: choices that do not go together.
@@ -150,7 +156,7 @@ def selection(
             mask, k = chosen[path]
             stacked = probe.roles.is_stacked(path)
             if granularity in WITHIN:
-                return cut_units(w, positions(mask, k), granularity, size, stacked)
+                return cut_units(w, positions(mask, k), granularity, size, stacked, packed=due is None and not redrawn)
             return cut_layers(w, mask[:, 0]) if stacked and granularity != "leaf" else Trains(w)
 
         tuned = split(rewrite(params, list(chosen), cut, roles=probe.roles))
@@ -278,9 +284,32 @@ def _categories(roles: Roles, params: Tree) -> Mapping[str, str]:
 # --- units as nodes ---------------------------------------------------------------------------------------------------
 
 
-def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> Weight:
-    """The node that trains the units at `index [pools, k]` of a weight, with its mark."""
+WASTE = 1.25  # rows longer than this, over the units in them, are packed,
+WORTH = 1024  # if that saves so many entries
+
+
+def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool, *, packed: bool = False) -> Weight:
+    """The node that trains the units at `index [pools, k]` of a weight, with its mark; packed if that saves much."""
     index = index if stacked else index[0]
+    cut = _cut_units(w, index, granularity, size, stacked)
+    if not (packed and stacked and isinstance(cut, SparseDelta | BlockSplit)) or isinstance(index, jax.core.Tracer):
+        return cut
+    if not (index.is_fully_addressable or index.is_fully_replicated):
+        return cut  # packing is done on the host, which does not see it
+    n, rows = num_units(unmarked(cut)), np.asarray(index)
+    field, where = PARTS[type(cut)]
+    trained, count = getattr(cut, field).value, int((rows < n).sum())
+    if rows.size <= WASTE * count or trained.size * (1 - count / rows.size) < WORTH:
+        return cut
+    windows, start, held = pack(rows, n)
+    flat = trained.reshape(-1, *trained.shape[2:])[held]
+    # Some zeros at the end, where they are few, so that the array divides over a mesh.
+    length = next(n for unit in (256, 16, 1) if (n := -(-held.size // unit) * unit) <= 1.02 * held.size)
+    flat = jnp.pad(flat, ((0, length - held.size), *((0, 0),) * (flat.ndim - 1)))
+    return cut.replace(**{field: Packed(Trains(flat), jnp.asarray(start), rows.shape[1]), where: jnp.asarray(windows)})
+
+
+def _cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> Weight:
     if granularity == "element":
         return SparseDelta(w, Trains(jnp.zeros(index.shape, jnp.float32)), index)
     dense = materialize(w)

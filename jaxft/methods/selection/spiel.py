@@ -60,7 +60,7 @@ def spiel(
     """
     if not 0 < replaced < 1 or period < 1:
         raise JaxftError(f"spiel: replaced={replaced} must lie between 0 and 1, period={period} be at least 1")
-    first = selection(random() if start == "random" else gradient(batches), budget=budget, on=on)
+    first = selection(random() if start == "random" else gradient(batches), budget=budget, on=on, redrawn=True)
 
     def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
         params = combine(tuned)

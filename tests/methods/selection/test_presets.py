@@ -17,12 +17,14 @@ from jaxft.methods import (
     chain,
     cofitune,
     count_trainable,
+    freezeasguard,
     full,
     gmt,
     layer_freezing,
     locft_bf,
     lora,
     paca,
+    r_amt,
     s2ft,
     sara,
     shira,
@@ -37,6 +39,7 @@ from jaxft.methods.selection.gates import gate, hold_closed
 from jaxft.methods.selection.gmt import mask_small
 from jaxft.methods.selection.greentrainer import backward_knapsack
 from jaxft.methods.selection.ist import reinforced
+from jaxft.methods.selection.r_amt import purity
 from jaxft.methods.selection.s2ft import permute_channels
 from jaxft.methods.selection.sara import nuclear_norm, still_small
 from jaxft.methods.selection.spiel import regrow
@@ -383,3 +386,67 @@ def test_grafts_are_exact_at_both_ends():
     np.testing.assert_array_equal(materialize(sure.replace(start=jnp.zeros_like(start))), base)
     soft = sure.replace(logits=jnp.where(jnp.arange(4) == 2, 1.0, -1.0) * jnp.ones((3, 1)))
     np.testing.assert_array_equal(rounded({"w": soft})["w"], jnp.where(start ^ (jnp.arange(4) == 2), tuned, base))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_start_at_the_pretrained_model_and_learn_straight_through():
+    tuned = r_amt(batches=1).init(KEY, params(), probe())
+    for path, w in weights_by_path(materialize(combine(tuned))).items():
+        np.testing.assert_array_equal(w, weights_by_path(params())[path])
+    w = jax.tree.map(lambda a: a[0], nodes(tuned)["layers.attn.q.kernel"])
+    some = w.replace(scores=jnp.where(jnp.arange(32) % 2 == 0, 1e-2, 0.0) * jnp.ones((32, 1)))
+    kept = materialize(some)
+    np.testing.assert_array_equal(kept, np.where((np.arange(32) % 2 == 0)[:, None], w.base, 0))
+    through = jax.grad(lambda s: jnp.sum(jnp.sin(materialize(some.replace(scores=s)))))(some.scores)
+    np.testing.assert_allclose(through, np.cos(kept) * w.base, rtol=1e-5, atol=1e-6)  # dL/dW' * W
+    with pytest.raises(JaxftError, match="start=0.001 must exceed threshold=0.005"):
+        r_amt(start=1e-3)
+
+
+def test_gradients_that_pull_away_from_the_pretrained_model_are_dropped_at_random():
+    g = jnp.asarray([2.0, -2.0, 2.0, 2.0, 0.0])
+    general = jnp.asarray([1.0, -3.0, 0.0, -2.0, -1.0])
+    np.testing.assert_allclose(purity(g, general), [1, 1, 1, 0.5, 0.5])
+    method = r_amt(batches=1)
+    tuned = method.init(KEY, params(), probe())
+    ones = jax.tree.map(jnp.ones_like, tuned.trainable)
+    run = jax.jit(lambda t, rng: method.gradients.update(ones, (), t.trainable, frozen=t.frozen, rng=rng)[0])
+    assert all(x.all() for x in jax.tree.leaves(run(tuned, KEY)))  # nothing is switched off: nothing pulls back
+    off = tuned._replace(trainable=jax.tree.map(jnp.zeros_like, tuned.trainable))
+    drawn = weights_by_path(run(off, KEY))["layers.attn.q.kernel"].scores
+    w = nodes(off)["layers.attn.q.kernel"]
+    chance = purity(jnp.ones_like(w.base), -w.curvature * w.base**2)
+    assert set(np.unique(drawn)) == {0, 1} and abs(float(drawn.mean() - chance.mean())) < 0.02
+    np.testing.assert_array_equal(drawn, weights_by_path(run(off, KEY))["layers.attn.q.kernel"].scores)
+
+
+def test_the_guard_freezes_what_the_unwanted_domain_needs():
+    """Two planted tasks: `x` reaches its target through `up`, the unwanted one through `down` only."""
+    rng = np.random.default_rng(0)
+    tree = {
+        "layers": {
+            "mlp": {name: {"kernel": jnp.asarray(rng.normal(size=(2, 4, 4)), jnp.float32)} for name in ("up", "down")}
+        }
+    }
+
+    def planted(params, batch, rng):
+        mlp = params["layers"]["mlp"]
+        error = jnp.sum((materialize(mlp["up"]["kernel"]) - batch["up"]) ** 2) * batch["wanted"]
+        error += jnp.sum((materialize(mlp["down"]["kernel"]) - batch["down"]) ** 2) * (1 - batch["wanted"])
+        return error, jnp.float32(1), {}
+
+    target = {"up": np.ones((2, 4, 4), np.float32), "down": -np.ones((2, 4, 4), np.float32)}
+    wanted, unwanted = ({**target, "wanted": np.float32(x)} for x in (1, 0))
+    sets = {"illegal": lambda: iter([unwanted])}
+    data = Probe(loss_fn=planted, batches=lambda: iter([wanted]), sets=sets, total_steps=10)
+    method = freezeasguard(frozen=0.5, guard_steps=20, user_rate=0.05, batches=1, on="layers.mlp")
+    tuned = method.init(KEY, tree, data)
+    trained = {p for p, w in weights_by_path(tuned.trainable).items() if jax.tree.leaves(w)}
+    assert trained == {"layers.mlp.up.kernel"} and count_trainable(tuned) == 2 * 16  # half of four matrices
+    np.testing.assert_array_equal(nodes(tuned)["layers.mlp.up.kernel"], tree["layers"]["mlp"]["up"]["kernel"])
+    with pytest.raises(JaxftError, match='the evaluation set "ilegal": did you mean "illegal"'):
+        freezeasguard("ilegal", batches=1, on="layers.mlp").init(KEY, tree, data)
+    with pytest.raises(JaxftError, match="frozen=1 must lie between"):
+        freezeasguard(frozen=1)
