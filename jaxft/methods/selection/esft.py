@@ -31,7 +31,8 @@ def esft(p: float = 0.2, score: GateKind = "token", batches: int = 8, on: str = 
     gate of the K chosen experts and 0 elsewhere, over all tokens of the sample, as a share of the layer. The experts
     that train are the most relevant ones, the fewest whose shares sum up to p or more:
     `RowSplit(base [L, E, d_in, d_out], rows [L, k, d_in, d_out], index [L, k])` for gate, up and down, k the most that
-    any layer has; their weight gradients are the only ones computed.
+    any layer has; their weight gradients are the only ones computed. A run is planned with the most that k can be,
+    p E rounded up.
 
     Notes:
         The paper averages over samples, its code (deepseek-ai/ESFT) over tokens, as here; its thresholds are p = 0.2
@@ -59,11 +60,11 @@ def esft(p: float = 0.2, score: GateKind = "token", batches: int = 8, on: str = 
 def covering(shares: Float[Array, "layers experts"], p: float) -> Bool[np.ndarray, "layers experts"]:
     """In each row the highest shares, the fewest that sum up to p or more; ties go to the earlier expert.
 
-    Experts that nothing goes to are never among them. Raises ConcretizationTypeError for shares that are traced.
+    Experts that nothing goes to are never among them. Shares that are traced, when a run is planned without data, are
+    taken to be even: no others need as many experts.
     """
-    if isinstance(shares, jax.core.Tracer):
-        raise jax.errors.ConcretizationTypeError(shares, "how many experts train depends on where tokens go")
-    values = np.asarray(shares, np.float64)
+    traced = isinstance(shares, jax.core.Tracer)
+    values = np.full(shares.shape, 1 / shares.shape[-1]) if traced else np.asarray(shares, np.float64)
     order = np.argsort(-values, axis=-1, kind="stable")
     best = np.take_along_axis(values, order, -1)
     needed = (np.cumsum(best, -1) - best < p) & (best > 0)

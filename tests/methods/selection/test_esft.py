@@ -90,8 +90,16 @@ def test_covering():
     assert covering(shares, 0.5).astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]]
     assert covering(shares, 0.51).astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]]
     assert covering(shares, 1.0).sum(-1).tolist() == [3, 4, 1]
-    with pytest.raises(jax.errors.ConcretizationTypeError, match="depends on where tokens go"):
-        jax.eval_shape(lambda s: covering(s, 0.5), shares)
+
+
+def test_a_run_is_planned_with_the_most_experts_there_can_be():
+    def rows(p):
+        tuned = jax.eval_shape(
+            lambda w: esft(p=p, batches=2).init(jax.random.key(0), w, probe()), params(model=MIXTURE)
+        )
+        return weights_by_path(combine(tuned))[MATRICES[0]].rows.shape
+
+    assert rows(0.5) == (4, 2, 32, 24) and rows(0.51) == (4, 3, 32, 24)
 
 
 def test_layers_with_fewer_experts_are_padded_and_padding_is_not_counted():
