@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -42,9 +43,11 @@ FORMAT = 1
 logger = logging.getLogger(__name__)
 # Orbax warns at every save between evaluations that it has no metric to rank it by; those checkpoints are not ranked.
 # Its threads print the errors of a failed save, page after page, that `check` and `wait` raise as one sentence.
+# And it warns that a directory opened for reading is read only.
+_KNOWN = re.compile("tracked_metric|read_only=True|is read only=")
 logging.getLogger("absl").addFilter(
     lambda record: (
-        "tracked_metric" not in record.getMessage()
+        not _KNOWN.search(record.getMessage())
         and not (record.exc_info and "/orbax/checkpoint/" in record.pathname)
     )
 )
