@@ -47,8 +47,7 @@ logger = logging.getLogger(__name__)
 _KNOWN = re.compile("tracked_metric|read_only=True|is read only=")
 logging.getLogger("absl").addFilter(
     lambda record: (
-        not _KNOWN.search(record.getMessage())
-        and not (record.exc_info and "/orbax/checkpoint/" in record.pathname)
+        not _KNOWN.search(record.getMessage()) and not (record.exc_info and "/orbax/checkpoint/" in record.pathname)
     )
 )
 logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
