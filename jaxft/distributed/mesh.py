@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from jaxft.errors import JaxftError
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
-BATCH_AXES = ("data", "fsdp")  # the axes over which the rows of a batch are split
+BATCH_AXES = ("data", "expert", "fsdp")  # the axes over which the rows of a batch are split
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class MeshConfig(BaseModel):
     fsdp: int = Field(1, description="Devices that share one copy of parameters and moments; splits the batch too.")
     tensor: int = Field(1, description="Devices that share every matrix product (heads, MLP columns, vocabulary).")
     sequence: int = Field(1, description="Devices that share the positions of a sequence.")
-    expert: int = Field(1, description="Devices that share the experts of a mixture.")
+    expert: int = Field(1, description="Devices that share the experts of a mixture; splits the batch too.")
     dcn: int = Field(1, ge=1, description="Slices joined by the data-centre network. They divide the data axis.")
     process_timeout: float = Field(
         60.0,
@@ -151,7 +151,7 @@ def data_partition(mesh: Mesh) -> tuple[int, int]:
     covered = [row for group in groups for row in group]
     if covered != list(range(len(grid))) or len({len(group) for group in groups}) > 1:
         raise MeshError(
-            "the rows of a batch cannot be divided among the processes of this mesh; make data * fsdp a "
+            "the rows of a batch cannot be divided among the processes of this mesh; make data * fsdp * expert a "
             f"multiple of the {len(rows)} processes"
         )
     here = tuple(sorted(rows.get(jax.process_index(), ())))

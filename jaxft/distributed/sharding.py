@@ -235,7 +235,7 @@ def check_batch(rows: int, seq_len: int, mesh: Mesh, accumulation: int = 1) -> N
         lower = rows // unit * unit
         raise MeshError(
             f"a batch of {rows} rows cannot be divided into {accumulation} micro-batches over {shards} devices "
-            f"(data * fsdp); expected a multiple of {unit}, nearest: {lower or unit}"
+            f"(data * fsdp * expert); expected a multiple of {unit}, nearest: {lower or unit}"
             + (f" or {lower + unit}" if lower else "")
         )
     if seq_len % mesh.shape["sequence"]:
@@ -259,7 +259,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]
         shape = (local.shape[0] * count, *local.shape[1:])
         if shape[0] % shards:
             raise MeshError(
-                f'batch["{name}"] has {shape[0]} rows, which do not divide over {shards} devices (data * fsdp)'
+                f'batch["{name}"] has {shape[0]} rows, which do not divide over {shards} devices (data * fsdp * expert)'
             )
         sharding = NamedSharding(mesh, fit_spec(name, shape, batch_spec(local.ndim), mesh))
         out[name] = jax.make_array_from_process_local_data(sharding, local, shape)

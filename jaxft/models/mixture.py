@@ -1,8 +1,8 @@
 """A mixture of experts in the place of the MLP: every token goes to its k best experts, and no token is dropped.
 
 Tokens are sorted by expert and each expert multiplies its own run of rows (`jaxft.weights.ragged_linear`). On a mesh
-every device sorts the tokens that it holds. The `expert` axis divides the experts where they are stored and, inside the
-block, the tokens: a matrix of all experts is gathered for its product, as `fsdp` gathers any other.
+every device sorts the tokens that it holds. The `expert` axis divides the experts where they are stored, and the rows
+of a batch: a matrix of all experts is gathered for its product, as `fsdp` gathers any other.
 """
 
 import functools

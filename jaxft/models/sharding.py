@@ -1,7 +1,7 @@
 """Where activations live on the ambient mesh (`jax.set_mesh`). Without a mesh every function here is the identity.
 
-The mesh axes are those of `jaxft.distributed`: the batch is cut over `data` and `fsdp`, positions over `sequence`,
-heads over `tensor`. An axis that does not divide a dimension is left out, so that a batch of one row still runs.
+The mesh axes are those of `jaxft.distributed`: the batch is cut over `data`, `expert` and `fsdp`, positions over
+`sequence`, heads over `tensor`. An axis that does not divide a dimension is left out, so that a batch of one row runs.
 """
 
 import math
@@ -12,13 +12,13 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 MESH_AXES = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "expert", "fsdp"),
     "sequence": ("sequence",),
     "heads": ("tensor",),
-    "replicas": ("data",),  # the batch, where `fsdp` divides the width instead
+    "replicas": ("data", "expert"),  # the batch, where `fsdp` divides the width instead
     "embed": ("fsdp",),
     "vocab": ("tensor", "fsdp"),
-    "tokens": ("expert",),  # those of a shard, where a mixture routes them
+    "tokens": ("expert",),  # of a shard, where a mixture routes them
 }
 
 
@@ -55,13 +55,13 @@ def token_shards(batch: int, seq: int) -> tuple[Callable[[Array], Array], Callab
     """How the tokens of a batch lie on the ambient mesh, for work that each device does on its own tokens.
 
     Returns `(spread, gather, axes)`: `spread` makes `[shards, tokens of a shard, ...]` of `[batch, seq, ...]`, with the
-    shards divided over `axes`, and `gather` is its inverse. Beside the axes of rows and positions `expert` divides the
-    tokens, which are the same along it elsewhere.
+    shards divided over `axes`, and `gather` is its inverse.
     """
     size = jax.sharding.get_abstract_mesh().shape
     over_batch, over_seq = mesh_axes("batch", batch) or (), mesh_axes("sequence", seq) or ()
     rows, columns = (math.prod(size[axis] for axis in axes) for axes in (over_batch, over_seq))
-    over_experts = mesh_axes("tokens", (batch // rows) * (seq // columns)) or ()
+    spare = mesh_axes("tokens", (batch // rows) * (seq // columns)) or ()
+    over_experts = tuple(axis for axis in spare if axis not in over_batch)  # rows that do not divide, tokens that do
     axes = (*over_batch, *over_seq, *over_experts)
     held = (rows, batch // rows, columns, seq // columns)
 
