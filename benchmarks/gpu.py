@@ -192,10 +192,12 @@ def main() -> None:
                 record["device"] = record["device"] or found["device"]
                 record["versions"] |= found.pop("versions")
             log.unlink(missing_ok=True)
+        if not record["jobs"]:
+            continue
         stem = "gpu-smoke" if options.smoke else f"gpu-{(record['device'] or 'none').replace(' ', '-')}"
         (options.results / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
         (options.results / f"{stem}.md").write_text(table(record))
-    print(table(record))
+    print(table(record) if record["jobs"] else "Nothing ran here.")
 
 
 def unusable(job: Job, found: dict[str, Any]) -> str | None:
