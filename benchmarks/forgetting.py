@@ -9,21 +9,22 @@ together with the text that the model was pretrained on. Each seed has its own o
 3. `unicode`: the name of a character, from its code point (real data, from `unicodedata`)
 4. `numbers`: a number in words, from its digits (programmatic)
 
-Every method has the smallest learning rate, of those tried, with which it learned the first two tasks at least 95 % as
-well as with the best (on a seed of its own, by the loss on the task just learned: forgetting has no say). Then, with
-R[i, j] the loss on task j after the i-th task of the order (nats a target token; lower is better):
+Every method runs at several learning rates, because the rate trades one for the other: read who forgets less at equal
+*learned*, not at equal rates. With R[i, j] the loss on task j after the i-th task of the order (nats a target token):
 
 - *learned*: mean over tasks of base loss - R[j, j], the fall on a task right after it was learned
 - *forgot (tasks)*: mean over all but the last task of R[T, j] - R[j, j]; backward transfer is its negative
 - *forgot (pretraining)*: the rise of the loss on held-out documentation of the standard library, over the sequence
 - *final*: mean over tasks of R[T, j]
 
-Figures are means over seeds with 95 % intervals (Student's t). `--write` makes docs/forgetting.md from the results,
-which are kept after every sequence: an interrupted run goes on where it stopped.
+Figures are means over seeds with 95 % intervals (Student's t). Every sequence is kept as soon as it is done, so that an
+interrupted run goes on where it stopped; `--write` makes docs/forgetting.md and its picture of what there is.
 """
 
 import argparse
 import ast
+import io
+import itertools
 import json
 import math
 import os
@@ -46,6 +47,7 @@ from jaxft.data import DataConfig, EvaluationSetConfig, train_batches
 from jaxft.distributed import MeshConfig, make_mesh, shard_batch
 from jaxft.evaluation import EvaluationConfig, make_evaluation
 from jaxft.methods import Method, Probe, Signals, build
+from jaxft.picture import COLOURS, MARKERS
 from jaxft.training.compilation import enable_compilation_cache
 from jaxft.training.output import write_atomically
 from jaxft.training.state import init_state, shardings_of, tuned_of
@@ -56,9 +58,8 @@ ROOT = Path(__file__).parent
 RESULTS, PAGE = ROOT / "results" / "forgetting.json", ROOT.parent / "docs" / "forgetting.md"
 TASKS = ("api-docs", "source", "unicode", "numbers")
 PRETRAINING = "python-docs"
-SEARCH_SEED = 1000
 
-# What is compared, and the learning rates tried. Budgets: half for HFT, else about a tenth of the parameters.
+# What is compared, and at which learning rates. Budgets: half for HFT, else about a tenth of the parameters.
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "full": ({"name": "full"}, (3e-4, 1e-3, 3e-3)),
     "hft": ({"name": "hft"}, (3e-4, 1e-3, 3e-3)),
@@ -267,30 +268,46 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), spread
 
 
-def summary(results: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
-    """method -> measure -> (mean, half width), over the seeds that are done; `difference` rows are paired with full."""
-    table: dict[str, dict[str, tuple[float, float]]] = {}
-    for name, runs in results["sequences"].items():
-        found = {seed: measures(run) for seed, run in runs.items()}
-        if not found:
-            continue
-        first = next(iter(found.values()))
-        table[name] = {key: interval([m[key] for m in found.values()]) for key in first}
-        full = {seed: measures(run) for seed, run in results["sequences"].get("full", {}).items()}
-        both = sorted(set(found) & set(full))
-        if name != "full" and both:
-            for key in ("learned", "forgot_tasks", "forgot_pretraining"):
-                table[name][f"{key}_minus_full"] = interval([found[s][key] - full[s][key] for s in both])
+Row = dict[str, tuple[float, float]]
+
+
+def summary(results: Mapping[str, Any]) -> dict[tuple[str, float], Row]:
+    """(method, learning rate) -> measure -> (mean, half width), over the seeds that are done."""
+    table: dict[tuple[str, float], Row] = {}
+    for name, by_rate in results["sequences"].items():
+        for rate, runs in sorted(by_rate.items(), key=lambda item: float(item[0])):
+            found = [measures(run) for run in runs.values()]
+            table[name, float(rate)] = {key: interval([m[key] for m in found]) for key in found[0]}
     return table
+
+
+def at_equal_learning(table: Mapping[tuple[str, float], Row]) -> dict[str, tuple[float, float, float]]:
+    """method -> what full tuning forgot (tasks, pretraining) where it learned as much, less what the method forgot.
+
+    At the method's rate that learned most. Full tuning's curve is interpolated between its rates, linearly in what it
+    learned; methods that learned more or less than all of its rates are left out. Also the learned amount.
+    """
+    curve = sorted((row["learned"][0], row) for (name, _), row in table.items() if name == "full")
+    found = {}
+    for name in dict.fromkeys(name for name, _ in table if name != "full"):
+        row = max((row for (other, _), row in table.items() if other == name), key=lambda row: row["learned"][0])
+        learned = row["learned"][0]
+        for (low, below), (high, above) in itertools.pairwise(curve):
+            if low <= learned <= high:
+                share = (learned - low) / (high - low)
+                gains = [
+                    (1 - share) * below[key][0] + share * above[key][0] - row[key][0]
+                    for key in ("forgot_tasks", "forgot_pretraining")
+                ]
+                found[name] = (learned, gains[0], gains[1])
+    return found
 
 
 def page(results: Mapping[str, Any]) -> str:
     table, setting = summary(results), results["setting"]
-    seeds = max(len(runs) for runs in results["sequences"].values())
 
-    def cell(name: str, key: str) -> str:
-        mean, half = table[name][key]
-        return f"{mean:.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+    def cell(value: tuple[float, float]) -> str:
+        return f"{value[0]:.2f}" + ("" if math.isnan(value[1]) else f" ± {value[1]:.2f}")
 
     lines = [
         "# Forgetting",
@@ -298,88 +315,74 @@ def page(results: Mapping[str, Any]) -> str:
         "What tuning methods learn and forget when one model learns four tasks, one after the other. Written by",
         "`python benchmarks/forgetting.py --write`, whose first lines define tasks and measures; do not edit.",
         "",
-        f"Base: the embedded model *nano*. {seeds} seeds, each with its own order of tasks; {setting['steps']} steps a "
-        f"task of {setting['batch_size']} x {setting['seq_len']} tokens; AdamW, warm-up and cosine decay; the update "
-        "is merged after each task. Means with 95 % intervals over seeds; nats a target token.",
+        f"Base: the embedded model *nano*. Each seed has its own order of tasks; {setting['steps']} steps a task of "
+        f"{setting['batch_size']} x {setting['seq_len']} tokens; AdamW, warm-up and cosine decay; the update is merged "
+        "after each task. Means with 95 % intervals over seeds; nats a target token.",
         "",
-        "| method | learning rate | learned | forgot (tasks) | forgot (pretraining) | final loss |",
-        "|---|--:|--:|--:|--:|--:|",
+        "![Learned against forgot](images/forgetting.png)",
+        "",
+        "| method | learning rate | seeds | learned | forgot (tasks) | forgot (pretraining) | final loss |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for name in table:
-        rate = results["rates"][name]["chosen"]
-        lines.append(
-            f"| {name} | {rate:g} | {cell(name, 'learned')} | {cell(name, 'forgot_tasks')} | "
-            f"{cell(name, 'forgot_pretraining')} | {cell(name, 'final')} |"
-        )
+    for (name, rate), row in table.items():
+        seeds = len(results["sequences"][name][f"{rate:g}"])
+        cells = " | ".join(cell(row[key]) for key in ("learned", "forgot_tasks", "forgot_pretraining", "final"))
+        lines.append(f"| {name} | {rate:g} | {seeds} | {cells} |")
     lines += [
         "",
         "*learned*: more is better. *forgot*: less is better; *backward transfer* is the negative of *forgot (tasks)*.",
         "",
-        "## Against full tuning, seed by seed",
+        "## At equal learning",
         "",
-        "Differences to full tuning on the same seed, which share its order and data, so that the intervals are those",
-        "of the method and not of the order. An interval that holds 0 shows no difference.",
+        "Each method at its rate that learned most, against full tuning at the rate (interpolated) that learned as",
+        "much. Positive: the method forgot less, in nats a token. Methods that learned less than full tuning at all of",
+        "its rates are not in the table.",
         "",
-        "| method | learned | forgot (tasks) | forgot (pretraining) |",
+        "| method | learned | forgot less of the tasks | forgot less of pretraining |",
         "|---|--:|--:|--:|",
     ]
-    for name in table:
-        if "learned_minus_full" in table[name]:
-            cells = (cell(name, f"{k}_minus_full") for k in ("learned", "forgot_tasks", "forgot_pretraining"))
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "## What the papers claim, and what came out", ""]
-    lines += [f"- {sentence}" for sentence in verdicts(table)]
+    for name, (learned, tasks, pretraining) in at_equal_learning(table).items():
+        lines.append(f"| {name} | {learned:.2f} | {tasks:+.2f} | {pretraining:+.2f} |")
     lines += [
         "",
-        "This is a model of three million parameters and short tasks: it tells apart mechanisms, it does not predict",
-        "what a model of billions will do.",
+        "The papers of HFT (Hui et al., 2024), LIFT (Liu et al., 2025) and S2FT (Yang et al., 2024) claim about as",
+        "much learned as by full tuning and less forgotten, Biderman et al. (2024) find that LoRA learns less and forgets",
+        "less. Where the table disagrees, it says so about a model of three million parameters and short tasks: it",
+        "tells apart mechanisms, it does not predict what a model of billions will do.",
         "",
-        "## Learning rates",
+        f"Measured on {results['date']} with {results['versions']}.",
         "",
-        "The mean fall of the loss on the first two tasks, each right after it was learned, on a seed of its own; the",
-        "smallest rate within 5 % of the best was chosen.",
-        "",
-        "| method | " + " | ".join(["tried", "learned"]) + " |",
-        "|---|---|---|",
     ]
-    for name, found in results["rates"].items():
-        tried = sorted((float(rate), value) for rate, value in found["tried"].items())
-        lines.append(
-            f"| {name} | {', '.join(f'{r:g}' for r, _ in tried)} | {', '.join(f'{v:.3f}' for _, v in tried)} |"
-        )
-    lines += ["", f"Measured on {results['date']} with {results['versions']}.", ""]
     return "\n".join(lines)
 
 
-CLAIMS = {
-    "hft": "HFT (Hui et al., 2024): about as much learned as full tuning, and less forgotten",
-    "lisa": "LISA (Pan et al., 2024): at least as much learned as full tuning, at the memory of LoRA",
-    "lora": "LoRA learns less and forgets less (Biderman et al., 2024)",
-    "lift": "LIFT (Liu et al., 2025): as much learned as full tuning, and less forgotten than by it or by LoRA",
-    "s2ft": "S2FT (Yang et al., 2024): as much learned as full tuning, and less forgotten",
-    "spiel": "SpIEL (Ansell et al., 2024): more learned than LoRA at the same number of parameters",
-}
+def picture(results: Mapping[str, Any]) -> bytes:
+    """A PNG: for each method a curve over its learning rates, learned against forgotten."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
 
-def verdicts(table: Mapping[str, Mapping[str, tuple[float, float]]]) -> list[str]:
-    """A sentence for each claim, made from the intervals alone."""
-
-    def against(name: str, key: str, more: str, less: str) -> str:
-        mean, half = table[name][f"{key}_minus_full"]
-        if math.isnan(half) or abs(mean) <= half:
-            return f"not told apart from full tuning ({mean:+.2f})"
-        return f"{more if mean > 0 else less} ({mean:+.2f} ± {half:.2f})"
-
-    found = []
-    for name, claim in CLAIMS.items():
-        if "learned_minus_full" not in table.get(name, {}):
-            continue
-        found.append(
-            f"{claim}. Here: learned {against(name, 'learned', 'more', 'less')}; forgot of the tasks "
-            f"{against(name, 'forgot_tasks', 'more', 'less')}, of pretraining "
-            f"{against(name, 'forgot_pretraining', 'more', 'less')}."
-        )
-    return found
+    table = summary(results)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharex=True)
+    for axes, key, label in zip(
+        panels, ("forgot_tasks", "forgot_pretraining"), ("earlier tasks", "pretraining"), strict=True
+    ):
+        for i, name in enumerate(dict.fromkeys(name for name, _ in table)):
+            rows = [row for (other, _), row in table.items() if other == name]
+            axes.plot(
+                [row["learned"][0] for row in rows], [row[key][0] for row in rows],
+                marker=MARKERS[i], color=COLOURS[i], label=name,
+            )  # fmt: skip
+        axes.set_xlabel("learned, nats a token (more is better →)")
+        axes.set_ylabel(f"forgot of {label}, nats a token (less is better ↓)")
+        axes.grid(color="#eeeeee")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, facecolor="white")
+    plt.close(figure)
+    return file.getvalue()
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -389,27 +392,20 @@ def run(options: argparse.Namespace, results: dict[str, Any]) -> None:
     enable_compilation_cache()
     with tempfile.TemporaryDirectory() as directory:
         setting = make_setting(options, Path(directory))
-        for name in options.methods:
-            spec, rates = METHODS[name]
-            tried = results["rates"].setdefault(name, {"tried": {}})["tried"]
-            for rate in rates:
-                if f"{rate:g}" not in tried:
-                    found = sequence(Trainer(setting, spec, rate), SEARCH_SEED, list(TASKS[:2]))
-                    fall = [found["losses"][0][t] - found["losses"][i + 1][t] for i, t in enumerate(found["tasks"])]
-                    tried[f"{rate:g}"] = statistics.mean(fall)
-                    print(f"{name}: rate {rate:g} learned {statistics.mean(fall):.3f}", flush=True)
-                    save(results)
-            best = max(tried.values())
-            chosen = min((rate for rate, fall in tried.items() if fall >= 0.95 * best), key=float)
-            results["rates"][name]["chosen"] = float(chosen)
-            trainer = Trainer(setting, spec, float(chosen))
-            done = results["sequences"].setdefault(name, {})
-            for seed in range(options.seeds):
-                if str(seed) not in done:
-                    done[str(seed)] = sequence(trainer, seed, order_of(seed))
-                    figures = {key: round(value, 3) for key, value in measures(done[str(seed)]).items()}
-                    print(f"{name}: seed {seed} {figures} in {done[str(seed)]['seconds']:.0f} s", flush=True)
-                    save(results)
+        # The middle rate of every method first, so that there is something to compare early.
+        for position in (1, 0, 2):
+            for name in options.methods:
+                spec, rates = METHODS[name]
+                rate = rates[position]
+                done = results["sequences"].setdefault(name, {}).setdefault(f"{rate:g}", {})
+                trainer = Trainer(setting, spec, rate)
+                for seed in range(options.seeds):
+                    if str(seed) not in done:
+                        done[str(seed)] = sequence(trainer, seed, order_of(seed))
+                        figures = {key: round(value, 3) for key, value in measures(done[str(seed)]).items()}
+                        seconds = done[str(seed)]["seconds"]
+                        print(f"{name} at {rate:g}: seed {seed} {figures} in {seconds:.0f} s", flush=True)
+                        save(results)
 
 
 def save(results: Mapping[str, Any]) -> None:
@@ -426,6 +422,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--again", action="store_true", help="forget earlier results")
     parser.add_argument("--write", action="store_true", help="write docs/forgetting.md too")
+    parser.add_argument("--only-write", action="store_true", help="write it from the results there are")
     options = parser.parse_args()
     setting = {"steps": options.steps, "batch_size": options.batch_size, "seq_len": options.seq_len}
     results: dict[str, Any] = {}
@@ -433,15 +430,16 @@ def main() -> None:
         results = json.loads(RESULTS.read_text())
         if results["setting"] != setting:
             parser.error(f"{RESULTS} was made with {results['setting']}; --again starts anew with {setting}")
-    results = {"setting": setting, "rates": {}, "sequences": {}} | results
+    results = {"setting": setting, "sequences": {}} | results
     results["date"] = time.strftime("%Y-%m-%d")
     results["versions"] = f"jax {jax.__version__} on {os.cpu_count()} CPU cores ({platform.machine()})"
-    run(options, results)
-    save(results)
-    for name, found in summary(results).items():
-        print(f"{name:6}", {key: tuple(round(v, 3) for v in value) for key, value in found.items()})
-    if options.write:
+    if not options.only_write:
+        run(options, results)
+    for (name, rate), row in summary(results).items():
+        print(f"{name:6} {rate:<6g}", {key: tuple(round(v, 3) for v in value) for key, value in row.items()})
+    if options.write or options.only_write:
         write_atomically(PAGE, page(results))
+        (PAGE.parent / "images" / "forgetting.png").write_bytes(picture(results))
 
 
 if __name__ == "__main__":
