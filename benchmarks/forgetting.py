@@ -346,8 +346,8 @@ def page(results: Mapping[str, Any]) -> str:
     lines += [
         "",
         "The papers of HFT (Hui et al., 2024), LIFT (Liu et al., 2025) and S2FT (Yang et al., 2024) claim about as",
-        "much learned as by full tuning and less forgotten, Biderman et al. (2024) find that LoRA learns less and forgets",
-        "less. Where the table disagrees, it says so about a model of three million parameters and short tasks: it",
+        "much learned as by full tuning and less forgotten; Biderman et al. (2024) find that LoRA learns less and",
+        "forgets less. Where the table disagrees, it says so about a model of three million parameters and short tasks: it",
         "tells apart mechanisms, it does not predict what a model of billions will do.",
         "",
         f"Measured on {results['date']} with {results['versions']}.",

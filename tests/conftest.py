@@ -16,7 +16,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         "--xla_backend_optimization_level=0",
     )
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
-# A collective holds one thread of XLA's pool on every device, and the pool has as many threads as there are devices: two
+# A collective holds a thread of XLA's pool for each device, and by default there are no more threads than devices: two
 # collectives at once, or one beside other work, would wait for each other for ever.
 os.environ.setdefault("PJRT_NPROC", "32")
 # Shared by the workers of one run, by the processes that tests start, and by the next run.
