@@ -82,6 +82,12 @@ def _text(plan: "Plan") -> str:
             f"{r.exposed_collective_seconds * 1e3:,.0f}, network {r.network_seconds * 1e3:,.0f} ms)"
         )
         lines += [f"    assuming {text}" for text in r.assumptions]
+    if plan.remedy is not None:
+        again = plan.remedy
+        lines.append(
+            f"  Compiled with {again.settings}: {'fits' if again.fits else 'does not fit either'}, "
+            f"{again.hbm_gib_per_chip:.2f} GiB a chip"
+        )
     if plan.advice:
         lines += ["  To make it fit:", *(f"    - {text}" for text in plan.advice)]
     lines += [f"  note: {text}" for text in plan.notes]

@@ -25,7 +25,7 @@ class MeshError(JaxftError):
 class MeshConfig(BaseModel):
     """How many devices each mesh axis has. At most one axis is -1: it takes what the others leave.
 
-    `data` is -1 unless another axis is, or unless it is set.
+    `data` is -1 unless another axis is, or unless it is set. `mesh: auto` leaves the axes to `automatic.resolve_mesh`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +36,7 @@ class MeshConfig(BaseModel):
     sequence: int = Field(1, description="Devices that share the positions of a sequence.")
     expert: int = Field(1, description="Devices that share the experts of a mixture; splits the batch too.")
     dcn: int = Field(1, ge=1, description="Slices joined by the data-centre network. They divide the data axis.")
+    auto: bool = Field(False, description="Choose the axes from model, method and devices; short: `mesh: auto`.")
     process_timeout: float = Field(
         60.0,
         ge=1,
@@ -45,6 +46,8 @@ class MeshConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _data_yields(cls, values: object) -> object:
+        if values == "auto":
+            return {"auto": True}
         if isinstance(values, dict) and "data" not in values and any(values.get(a) == -1 for a in AXES):
             return {**values, "data": values.get("dcn", 1)}
         return values
@@ -55,6 +58,9 @@ class MeshConfig(BaseModel):
         for axis, size in sizes.items():
             if size == 0 or size < -1:
                 raise ValueError(f"mesh.{axis} = {size}: expected a positive number of devices, or -1 for the rest")
+        named = [f"mesh.{axis}" for axis, size in sizes.items() if size != (-1 if axis == "data" else 1)]
+        if self.auto and named:
+            raise ValueError(f"mesh.auto chooses the axes, and {' and '.join(named)} set some: remove one or the other")
         free = [axis for axis, size in sizes.items() if size == -1]
         if len(free) > 1:
             raise ValueError(f"mesh.{' and mesh.'.join(free)} are all -1: only one axis can take the rest")
@@ -105,6 +111,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     Raises:
         MeshError: the sizes do not fit the number of devices, or slices; the message proposes a mesh that does.
     """
+    if config.auto:
+        raise MeshError("mesh: auto has no axes yet: choose them with jaxft.distributed.automatic.resolve_mesh")
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(config, len(devices))
     shape = tuple(sizes[axis] for axis in AXES)

@@ -6,12 +6,11 @@ estimate of the step time.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,21 +19,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.distributed import hlo
+from jaxft.distributed.automatic import UNKNOWN_LENGTH, abstract_run, loss_of, resolve_mesh
 from jaxft.distributed.mesh import make_mesh
 from jaxft.distributed.sharding import ShardingReport, batch_spec, check_batch, fit_spec, row_shards
 from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyError, parse_topology, topology_devices
+from jaxft.errors import JaxftError
 from jaxft.hub import load_model
-from jaxft.methods import Probe, build
+from jaxft.methods import build
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
-from jaxft.training.loss import Loss, language_model_loss
 from jaxft.training.optimizer import make_optimizer, make_schedule
-from jaxft.training.precision import Precision, dtype
-from jaxft.training.state import abstract_state, shardings_of, tuned_of
+from jaxft.training.state import shardings_of, tuned_of
 from jaxft.training.step import make_train_step
 from jaxft.weights import LowRank, SiteModule, Split, is_node
 
 Tree = Any
-_UNKNOWN_LENGTH = 1000  # steps of a schedule whose length depends on the data; changes one constant of the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +53,16 @@ class Roofline:
     mfu: float
     tokens_per_second: float
     assumptions: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Remedy:
+    """Settings with which a job that does not fit was compiled again, and what came of it."""
+
+    settings: str
+    fits: bool
+    hbm_gib_per_chip: float
+    compile_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Plan:
     roofline: Roofline | None
     advice: tuple[str, ...]
     notes: tuple[str, ...]
+    remedy: Remedy | None = None
 
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -131,18 +140,67 @@ def plan(config: Any, topology: str | Topology) -> Plan:
             f"the TPU compiler shows the {topology.num_chips} chips of {topology} as {len(devices)} devices, two a "
             "chip, which is not how they run: plan for v5e, v5p or v6e"
         )
-    if config.mesh.dcn != topology.slices:
+    model = load_model(config.model.path)
+    axes, reasons = resolve_mesh(
+        config, model, topology.num_chips, topology.slices, topology.chip.hbm_bytes - RESERVED_HBM
+    )
+    if axes.dcn != topology.slices:
         raise TopologyError(
-            f"{topology} has {topology.slices} slices and mesh.dcn = {config.mesh.dcn}: set mesh.dcn={topology.slices}"
+            f"{topology} has {topology.slices} slices and mesh.dcn = {axes.dcn}: set mesh.dcn={topology.slices}"
             + (f" and mesh.data to a multiple of {topology.slices}" if topology.slices > 1 else "")
         )
+    notes = tuple(f"mesh: auto: {reason}" for reason in reasons)
+    config = with_settings(config, {"mesh": axes})
+    found = _compiled_plan(config, model, topology, devices, notes)
+    if found.fits:
+        return found
+    settings = remedy(config, found)
+    if not settings:
+        return found
+    # The advice is an estimate; that which changes no result of the run is compiled too, so that it is known to help.
+    try:
+        tried = _compiled_plan(with_settings(config, settings), model, topology, devices, ())
+    except JaxftError:  # it does not divide after all
+        return found
+    text = " ".join(f"{key}={getattr(value, 'value', value)}" for key, value in settings.items())
+    return dataclasses.replace(found, remedy=Remedy(text, tried.fits, tried.hbm_gib_per_chip, tried.compile_seconds))
+
+
+def _compiled_plan(
+    config: Any, model: Any, topology: Topology, devices: list[jax.Device], notes: tuple[str, ...]
+) -> Plan:
     mesh = make_mesh(config.mesh, devices)
-    training, data = config.training, config.data
-    check_batch(data.batch_size, data.seq_len, mesh, training.accumulation)
-    model = load_model(config.model.path)
+    check_batch(config.data.batch_size, config.data.seq_len, mesh, config.training.accumulation)
     report = ShardingReport()
     compiled = compile_step(config, model, mesh, report)
-    return read_plan(config, model, topology, mesh, compiled, tuple(str(report).splitlines()))
+    return read_plan(config, model, topology, mesh, compiled, (*notes, *str(report).splitlines()))
+
+
+def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
+    """A copy of a configuration with other values for some keys, `{"model.remat": "block"}`; they are not checked."""
+    for key, value in settings.items():
+        name, _, rest = key.partition(".")
+        value = with_settings(getattr(config, name), {rest: value}) if rest else value
+        config = config.model_copy(update={name: value})
+    return config
+
+
+def remedy(config: Any, plan: Plan) -> dict[str, Any]:
+    """The settings that make room and change no result but by rounding, where a plan does not fit; {} if none is left.
+
+    Everything is divided as far as it goes, one row a device at a time, layers recomputed; dtypes stay.
+    """
+    mesh, found = plan.mesh, {}
+    if config.model.remat != "offload":
+        found["model.remat"] = "offload"
+    slices = config.mesh.dcn
+    shards = mesh["data"] * mesh["fsdp"]
+    if mesh["data"] > slices:
+        found |= {"mesh.data": slices, "mesh.fsdp": shards // slices}
+    rows = config.data.batch_size // (shards * mesh["expert"])
+    if config.training.accumulation < rows:
+        found["training.accumulation"] = rows
+    return found
 
 
 def abstract_batch(rows: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -153,54 +211,14 @@ def abstract_batch(rows: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDt
     return {name: jax.ShapeDtypeStruct((rows, seq_len), kind, sharding=sharding) for name, kind in dtypes.items()}
 
 
-def shape_probe(loss: Loss, config: Any) -> Probe:
-    """A probe whose answers have the shapes they will have and no values: traced, it computes nothing.
-
-    What a method makes of the answers without leaving JAX is planned as it will be; one that must see values before it
-    knows its own shapes fails, as there are none.
-    """
-    kinds = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32}
-    batch = {name: np.ones((1, config.data.seq_len), kind) for name, kind in (kinds | {"positions": np.int32}).items()}
-
-    def batches() -> Iterator[dict]:
-        return itertools.repeat(batch)  # one row stands for any number: no answer has a dimension for rows
-
-    return Probe(
-        loss_fn=loss,
-        batches=batches,
-        trainer=lambda params, method, steps: params,
-        total_steps=config.training.steps or _UNKNOWN_LENGTH,
-        sets={name: batches for name in config.evaluation.sets},
-    )
-
-
 def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | None = None) -> Compiled:
     """The train step of a configuration, compiled for the devices of `mesh`, which need not be here."""
-    training, settings = config.training, config.model
-    precision = Precision(settings.param_dtype, settings.frozen_dtype, settings.compute_dtype)
+    training = config.training
     method = build(config.method)
-    schedule = make_schedule(training.learning_rate, training.steps or _UNKNOWN_LENGTH)
+    schedule = make_schedule(training.learning_rate, training.steps or UNKNOWN_LENGTH)
     optimizer = make_optimizer(training.optimizer, schedule)
-    loss = language_model_loss(
-        model,
-        compute_dtype=dtype(settings.compute_dtype),
-        remat=settings.remat,
-        attention=settings.attention,
-        z_loss=training.z_loss,
-        row_shards=row_shards(mesh),
-        router_aux_loss=settings.router_aux_loss,
-    )
-    state, frozen = abstract_state(
-        method,
-        model.abstract(dtype(settings.param_dtype)),
-        optimizer,
-        jax.random.key(config.seed),
-        mesh,
-        logical_axes=model.logical_axes(),
-        probe=shape_probe(loss, config),
-        precision=precision,
-        report=report,
-    )
+    loss = loss_of(config, model, row_shards(mesh))
+    state, frozen = abstract_run(config, model, mesh, report)
     step = make_train_step(
         loss,
         method,
@@ -288,7 +306,7 @@ def read_plan(
         moved = costs.bytes_by_kind()
         total = sum(moved.values())
         overlapped = sum(c.total_bytes for c in costs.collectives if c.overlapped) / total if total else 1.0
-        passes = 3 if config.model.remat == "block" else 2
+        passes = 3 if config.model.remat in RECOMPUTED else 2
         weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((compiled.state.trainable, compiled.frozen)))
         read = passes * config.training.accumulation * weights / mesh.shape["tensor"] / mesh.shape["expert"]
         read += 2 * (memory["trained"] + memory["optimizer"])
@@ -315,7 +333,7 @@ def read_plan(
         collective_bytes=moved,
         collective_share_overlapped=overlapped,
         roofline=roofline,
-        advice=() if fits else advice(config, mesh, topology, memory, needed - available),
+        advice=() if fits else advice(config, model, mesh, topology, memory, needed - available),
         notes=notes,
     )
 
@@ -341,14 +359,17 @@ def _windows(config: Any) -> list[int | None]:
     return [config.sliding_window if slides else None for slides in config.sliding_layers]
 
 
+RECOMPUTED = ("block", "offload")  # policies that keep nothing of a layer but its input
+
+
 def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) -> float:
     """The least FLOPs of a step: two for each multiply-add of matrix products, everything else free.
 
     With T tokens, P entries of the matrices a token passes (low-rank factors included, the embedding table not) and
     P_t entries that train: 2TP forward, 2TP gradients of activations, 2TP_t gradients of weights. Causal attention
     costs `4 heads head_dim` a visible pair forward, 2.5 times that backward (the scores are recomputed, as flash
-    attention does). `remat="block"` repeats the forward pass of the layers but for their last projection, whose result
-    no gradient needs; the other policies but `none` repeat attention only.
+    attention does). `remat="block"` and `"offload"` repeat the forward pass of the layers but for the last projection,
+    whose result no gradient needs; the other policies but `none` repeat attention only.
     """
     params, tokens = combine(tuned), rows * seq_len
     in_layers = last = outside = 0.0
@@ -374,7 +395,7 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     pairs = rows * sum(visible_pairs(seq_len, window) for window in _windows(config))
     attention = 4 * config.num_heads * config.head_dim * pairs
     total = 4 * tokens * (in_layers + outside) + 2 * tokens * trained + 3.5 * attention
-    if remat == "block":
+    if remat in RECOMPUTED:
         total += 2 * tokens * (in_layers - last)
     return total + (attention if remat != "none" else 0)
 
@@ -503,8 +524,13 @@ def estimate(
 # --- advice -----------------------------------------------------------------------------------------------------------
 
 
-def advice(config: Any, mesh: Mesh, topology: Topology, memory: Mapping[str, float], excess: float) -> tuple[str, ...]:
+def advice(
+    config: Any, model: Any, mesh: Mesh, topology: Topology, memory: Mapping[str, float], excess: float
+) -> tuple[str, ...]:
     """What to change where a run needs `excess` bytes more than a chip has: settings, with the GiB each would save."""
+    tokens = config.data.batch_size * config.data.seq_len / config.training.accumulation
+    held = tokens / row_shards(mesh) / mesh.shape["sequence"] * model.config.hidden_size * model.config.num_layers
+    inputs = held * jnp.dtype(config.model.compute_dtype).itemsize
     found: list[tuple[float, str]] = []
     weights = memory["trained"] + memory["frozen"] + memory["optimizer"]
     temporaries = memory["temporaries"]
@@ -514,8 +540,10 @@ def advice(config: Any, mesh: Mesh, topology: Topology, memory: Mapping[str, flo
         if saves > 0:
             found.append((saves, f"{text} (saves about {saves / GIB:.1f} GiB a chip)"))
 
-    if config.model.remat != "block":
+    if config.model.remat not in RECOMPUTED:
         propose(temporaries * 0.6, "model.remat=block: keep only the input of each layer")
+    elif config.model.remat == "block":
+        propose(inputs, "model.remat=offload: keep the input of each layer in host memory")
     most = chips // (mesh.shape["tensor"] * mesh.shape["sequence"] * mesh.shape["expert"]) // topology.slices
     if mesh.shape["fsdp"] < most:
         saved = weights * (1 - mesh.shape["fsdp"] / most)

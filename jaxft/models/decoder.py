@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.errors import JaxftError, nearest
@@ -106,6 +107,7 @@ def run_layers(
 
     def block(carry: tuple[Array, Any], layer: Tree, xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Any]:
         x, kv = carry
+        x = checkpoint_name(x, _LAYER_INPUT)
         index, is_sliding = xs
 
         def attend(q: Array, k: Array, v: Array) -> Array:
@@ -135,6 +137,7 @@ def run_layers(
     return x, (None if cache is None else {**cache, **kv}), routing
 
 
+_LAYER_INPUT = "layer_input"
 REMAT_POLICIES = ("none", "block", "dots", "offload")
 
 
@@ -142,7 +145,7 @@ def rematerialized(block: Callable, policy: str) -> Callable:
     """`block` recomputed in the backward pass, but for what the policy keeps of a layer.
 
     "none" keeps everything; "block" the input of the layer only; "dots" the results of its projections;
-    "offload" those too, in host memory.
+    "offload" the input of the layer, in host memory.
     """
     policies = jax.checkpoint_policies
     if policy not in REMAT_POLICIES:
@@ -152,7 +155,12 @@ def rematerialized(block: Callable, policy: str) -> Callable:
     saved = {
         "block": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,
-        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }[policy]
     return jax.checkpoint(block, policy=saved, prevent_cse=False)  # inside a scan nothing merges the two passes
 

@@ -178,12 +178,23 @@ def train(config: RunSettings, *, overwrite: bool = False) -> Report:
                 f"{run.path / 'report.md'}; to train again, set `output` to another directory or overwrite this one."
             )
             return report
-        mesh = stack.enter_context(_on(make_mesh(config.mesh)))
+        mesh = stack.enter_context(_on(make_mesh(_axes(config))))
         compiled = stack.enter_context(CompilationLog())
         stop = stack.enter_context(StopRequest())
         job = prepare(config, mesh, resolved)
         report = run_job(job, run, compiled, stop, stack)
     return report
+
+
+def _axes(config: RunSettings) -> MeshConfig:
+    """The axes of the mesh; with `mesh: auto` chosen here, by every process from the same facts."""
+    from jaxft.distributed.automatic import resolve_mesh  # it builds what this room holds
+
+    if not config.mesh.auto:
+        return config.mesh
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    model = load_model(config.model.path)
+    return resolve_mesh(config, model, jax.device_count(), config.mesh.dcn, memory)[0]
 
 
 @contextlib.contextmanager

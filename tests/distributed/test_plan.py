@@ -1,5 +1,6 @@
 """Planning: topologies by name, the FLOPs a method needs, and train steps compiled for TPUs that are not here."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -7,12 +8,14 @@ import sys
 import jax
 import optax
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from jaxft.cli import app
 from jaxft.config import parse_config
 from jaxft.data import EvaluationSetConfig
-from jaxft.distributed import MeshConfig, hlo, make_mesh, topology
+from jaxft.distributed import MeshConfig, MeshError, hlo, make_mesh, topology
+from jaxft.distributed.automatic import Needs, choose, resolve_mesh
 from jaxft.distributed.plan import (
     compile_step,
     model_flops,
@@ -196,6 +199,56 @@ def test_presets_are_shapes_without_weights():
         load_model("preset:llama3.1-8")
 
 
+# --- mesh: auto -------------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+SMALL, LARGE = Needs(2 * GIB, 32, 4096, 8), Needs(100 * GIB, 32, 4096, 8)
+
+
+@pytest.mark.parametrize(
+    ("needs", "devices", "slices", "sizes", "reason"),
+    [
+        (SMALL, 16, 1, {"data": 16}, "fsdp 1: parameters and moments take 2.00 GiB, at most a quarter of a device"),
+        (LARGE, 16, 1, {"fsdp": 16}, "more than a quarter of 15.8 GiB"),
+        (LARGE, 128, 1, {"fsdp": 32, "sequence": 4}, "sequence 4: more devices than rows, 1024 positions on each"),
+        (LARGE, 256, 1, {"fsdp": 32, "sequence": 4, "tensor": 2}, "tensor 2"),
+        (LARGE, 32, 2, {"data": 2, "fsdp": 16, "dcn": 2}, "only gradients travel between the 2 slices"),
+        (SMALL._replace(rows=24), 16, 1, {"data": 8, "sequence": 2}, "rows over 8 devices"),
+    ],
+)
+def test_mesh_auto_chooses_axes_and_says_why(needs, devices, slices, sizes, reason):
+    found, reasons = choose(needs, devices, slices, memory=int(15.75 * GIB))
+    assert found == MeshConfig(**{"data": 1, **sizes})
+    assert reason in "; ".join(reasons)
+
+
+@pytest.mark.parametrize(
+    ("needs", "devices", "slices", "message"),
+    [
+        (LARGE._replace(rows=2, seq_len=1024, kv_heads=2), 16, 1, "too many for 2 rows .* to be a multiple of 8"),
+        (LARGE._replace(rows=3), 32, 2, "3 rows does not divide over 2 slices"),
+    ],
+)
+def test_mesh_auto_says_what_does_not_divide(needs, devices, slices, message):
+    with pytest.raises(MeshError, match=message):
+        choose(needs, devices, slices)
+
+
+def test_mesh_auto_knows_what_the_method_keeps(directory):
+    model = load_model(directory)
+    counted = {}
+    for method in ("full", "hft", "lora", "lt-sft"):
+        wanted = config(directory, f"{{name: {method}}}").model_copy(update={"mesh": MeshConfig.model_validate("auto")})
+        _, reasons = resolve_mesh(wanted, model, 4)
+        (text,) = (r for r in reasons if r.startswith("fsdp 4"))
+        counted[method] = text
+        assert resolve_mesh(wanted, model, 4, memory=GIB)[0] == MeshConfig(data=4)  # a tiny model is not divided
+    assert counted["full"] == counted["lt-sft"]  # its shapes are not known yet: as if everything trained
+    assert len({counted["full"], counted["hft"], counted["lora"]}) == 3 or counted["full"].endswith("0.02 GiB")
+    with pytest.raises(ValidationError, match="mesh.auto chooses the axes, and mesh.fsdp set some"):
+        MeshConfig(auto=True, fsdp=2)
+
+
 # --- compiled for a TPU -----------------------------------------------------------------------------------------------
 
 
@@ -228,7 +281,7 @@ def test_slices_and_the_mesh_must_agree(directory):
 @needs_compiler
 def test_the_plan_is_that_of_the_compiled_step(directory):
     found = plan(config(directory, "{name: hft}", "model.attention=splash"), "v5e:2x2")
-    assert found.fits and not found.advice and found.num_chips == 4
+    assert found.fits and not found.advice and found.remedy is None and found.num_chips == 4
     assert found.mesh["fsdp"] == 4
     assert found.hbm_gib_per_chip == pytest.approx(sum(found.memory_gib.values()), rel=0.05)
     assert 0 < found.memory_gib["trained"] < found.memory_gib["optimizer"]
@@ -251,17 +304,22 @@ def test_the_command_prints_what_people_and_programs_read(directory, tmp_path):
 
 
 @needs_compiler
-def test_a_job_that_does_not_fit_is_told_what_to_change(directory, tmp_path):
-    large = json.loads((directory / "config.json").read_text()) | {"vocab_size": 2**24, "hidden_size": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(large))
-    found = plan(config(tmp_path, "{name: full}", "mesh.fsdp=1", "mesh.data=4"), "v5e:2x2")
+def test_a_job_that_does_not_fit_is_told_what_to_change(directory, monkeypatch):
+    """Five million parameters and their moments in bfloat16 are 29 MiB, and a quarter of them on each of four chips."""
+    chip = topology.CHIPS["v5e"]
+    small = dataclasses.replace(chip, hbm_bytes=topology.RESERVED_HBM + 26 * 2**20)
+    monkeypatch.setitem(topology.CHIPS, "v5e", small)
+    found = plan(config(directory, "{name: full}", "mesh.fsdp=1", "mesh.data=4"), "v5e:2x2")
     assert not found.fits
     assert found.hbm_gib_per_chip > found.hbm_gib_available
     assert any("mesh.fsdp=4" in text for text in found.advice)
+    assert found.remedy.settings == "model.remat=offload mesh.data=1 mesh.fsdp=4"
+    assert found.remedy.fits and found.remedy.hbm_gib_per_chip < found.hbm_gib_available
 
 
 # How much of each weight trains depends on scores of weights or data, so that there are no shapes before there are any.
 SHAPES_BY_VALUES = {
+    "esft": "the experts that most tokens go to",
     "freezeasguard": "the weights with the highest scores of the model",
     "grafting": "the entries that moved most in the model",
     "greentrainer": "a dynamic programme over measured gradients",
@@ -285,7 +343,10 @@ def method_config(directory, name):
 
 
 @pytest.mark.parametrize("name", SHAPES_BY_VALUES)
-def test_what_cannot_be_planned_says_so(name, directory):
+def test_what_cannot_be_planned_says_so(name, directory, tmp_path):
+    if name == "esft":
+        (tmp_path / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | MIXTURE))
+        directory = tmp_path
     wanted = method_config(directory, name)
     with pytest.raises(JaxftError, match="before it knows its own shapes"):
         compile_step(wanted, load_model(directory), make_mesh(wanted.mesh, jax.devices()[:4]))
@@ -302,11 +363,8 @@ def quick_compiler():
 
 @needs_compiler
 @pytest.mark.parametrize("name", [m for m in methods() if m not in SHAPES_BY_VALUES])
-def test_the_step_of_every_method_compiles_for_a_tpu(name, directory, tmp_path, quick_compiler):
+def test_the_step_of_every_method_compiles_for_a_tpu(name, directory, quick_compiler):
     """Layers scanned, FSDP x tensor: each matrix is gathered over one of the two axes, a layer at a time, or not."""
-    if name == "esft":  # trains experts
-        (tmp_path / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | MIXTURE))
-        directory = tmp_path
     wanted = method_config(directory, name)
     model = load_model(directory)
     mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x2")))

@@ -1,0 +1,179 @@
+"""`mesh: auto`: the axes of the mesh, chosen from model, method, batch and devices, with the reasons."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxft.distributed.mesh import MeshConfig, MeshError, make_mesh
+from jaxft.errors import JaxftError
+from jaxft.methods import Probe, build
+from jaxft.training.loss import Loss, language_model_loss
+from jaxft.training.optimizer import make_optimizer, make_schedule
+from jaxft.training.precision import Precision, dtype
+from jaxft.training.state import abstract_state
+
+UNKNOWN_LENGTH = 1000  # steps of a schedule whose length depends on the data; changes one constant of the program
+REPLICATED_SHARE = 0.25  # of a device's memory, up to which every device holds all parameters and moments
+MIN_POSITIONS = 1024  # of a sequence on one device, down to which sequences are cut rather than matrices
+
+
+class Needs(NamedTuple):
+    """What a run asks of a mesh: bytes of parameters and optimizer state together, rows of a micro-batch, their length,
+    and the key/value heads that tensor parallelism would divide."""
+
+    state_bytes: int
+    rows: int
+    seq_len: int
+    kv_heads: int
+
+
+def choose(
+    needs: Needs, devices: int, slices: int = 1, memory: int | None = None
+) -> tuple[MeshConfig, tuple[str, ...]]:
+    """The mesh of a run on `devices` devices in `slices` slices, and a sentence for every choice.
+
+    Rows go over as many devices as they divide into, whole slices first: that needs no communication within a layer.
+    What is left cuts sequences while `MIN_POSITIONS` stay on a device, then matrices by key/value heads. Parameters
+    are divided (FSDP) over the devices of a slice that share a batch, unless all of them take at most
+    `REPLICATED_SHARE` of the `memory` (bytes) of one device. Where memory is unknown they are divided.
+
+    Raises:
+        MeshError: rows, positions and heads together do not divide over the devices.
+    """
+    reasons = []
+    if needs.rows % slices:
+        raise MeshError(
+            f"mesh: auto: a micro-batch of {needs.rows} rows does not divide over {slices} slices; expected a multiple "
+            f"of {slices} in data.batch_size / training.accumulation"
+        )
+    inner = devices // slices
+    shards = math.gcd(needs.rows // slices, inner)
+    left = inner // shards
+    reasons.append(f"rows over {shards * slices} devices: {needs.rows} rows a micro-batch, {devices} devices")
+    sequence = math.gcd(left, max(needs.seq_len // MIN_POSITIONS, 1), needs.seq_len)
+    if sequence > 1:
+        reasons.append(f"sequence {sequence}: more devices than rows, {needs.seq_len // sequence} positions on each")
+    left //= sequence
+    tensor = math.gcd(left, needs.kv_heads)
+    if tensor > 1:
+        reasons.append(f"tensor {tensor}: more devices than rows and {needs.seq_len} positions to cut")
+    if left != tensor:
+        raise MeshError(
+            f"mesh: auto: {devices} devices are too many for {needs.rows} rows of {needs.seq_len} positions and "
+            f"{needs.kv_heads} key/value heads; expected data.batch_size / training.accumulation to be a multiple of "
+            f"{shards * left // tensor * slices}"
+        )
+    held = needs.state_bytes / tensor
+    gib = f"parameters and moments take {held / 2**30:.2f} GiB"
+    if shards == 1:
+        fsdp = 1
+    elif memory is not None and held <= REPLICATED_SHARE * memory:
+        fsdp = 1
+        reasons.append(f"fsdp 1: {gib}, at most a quarter of a device, so nothing is gathered")
+    else:
+        fsdp = shards
+        reasons.append(f"fsdp {fsdp}: {gib}" + ("" if memory is None else f", more than a quarter of {_gib(memory)}"))
+    if slices > 1:
+        reasons.append(f"data {slices * shards // fsdp}: only gradients travel between the {slices} slices")
+    return (
+        MeshConfig(data=slices * shards // fsdp, fsdp=fsdp, sequence=sequence, tensor=tensor, dcn=slices),
+        tuple(reasons),
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def resolve_mesh(
+    config: Any, model: Any, devices: int, slices: int = 1, memory: int | None = None
+) -> tuple[MeshConfig, tuple[str, ...]]:
+    """`config.mesh`, or the mesh that `choose` takes for the run where it is `auto`, with the reasons.
+
+    Args:
+        config: a checked run configuration.
+        model: its language model.
+        devices: how many there are.
+        slices: into how many slices the network cuts them.
+        memory: bytes of one device, where known.
+
+    Raises:
+        MeshError: see `choose`.
+    """
+    if not config.mesh.auto:
+        return config.mesh, ()
+    needs = Needs(
+        state_bytes=_state_bytes(config, model),
+        rows=config.data.batch_size // config.training.accumulation,
+        seq_len=config.data.seq_len,
+        kv_heads=model.config.num_kv_heads,
+    )
+    found, reasons = choose(needs, devices, slices, memory)
+    return found.model_copy(update={"process_timeout": config.mesh.process_timeout}), reasons
+
+
+def _state_bytes(config: Any, model: Any) -> int:
+    settings = config.model
+    try:
+        state, frozen = abstract_run(config, model, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+        held = (state.trainable, state.opt_state, frozen)
+    except JaxftError:  # a method that must see data before it knows its shapes: counted as if everything trained
+        params = model.abstract(dtype(settings.param_dtype))
+        held = (params, params, params)
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held))
+
+
+def loss_of(config: Any, model: Any, row_shards: int = 1) -> Loss:
+    """The training loss of a configuration."""
+    settings = config.model
+    return language_model_loss(
+        model,
+        compute_dtype=dtype(settings.compute_dtype),
+        remat=settings.remat,
+        attention=settings.attention,
+        z_loss=config.training.z_loss,
+        row_shards=row_shards,
+        router_aux_loss=settings.router_aux_loss,
+    )
+
+
+def abstract_run(config: Any, model: Any, mesh: Any, report: Any = None) -> tuple[Any, Any]:
+    """State and frozen parameters of a run as shapes with shardings (see `abstract_state`)."""
+    training, settings = config.training, config.model
+    schedule = make_schedule(training.learning_rate, training.steps or UNKNOWN_LENGTH)
+    return abstract_state(
+        build(config.method),
+        model.abstract(dtype(settings.param_dtype)),
+        make_optimizer(training.optimizer, schedule),
+        jax.random.key(config.seed),
+        mesh,
+        logical_axes=model.logical_axes(),
+        probe=shape_probe(loss_of(config, model), config),
+        precision=Precision(settings.param_dtype, settings.frozen_dtype, settings.compute_dtype),
+        report=report,
+    )
+
+
+def shape_probe(loss: Loss, config: Any) -> Probe:
+    """A probe whose answers have the shapes they will have and no values: traced, it computes nothing.
+
+    What a method makes of the answers without leaving JAX is planned as it will be; one that must see values before it
+    knows its own shapes fails, as there are none.
+    """
+    kinds = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32}
+    batch = {name: np.ones((1, config.data.seq_len), kind) for name, kind in (kinds | {"positions": np.int32}).items()}
+
+    def batches() -> Iterator[dict]:
+        return itertools.repeat(batch)  # one row stands for any number: no answer has a dimension for rows
+
+    return Probe(
+        loss_fn=loss,
+        batches=batches,
+        trainer=lambda params, method, steps: params,
+        total_steps=config.training.steps or UNKNOWN_LENGTH,
+        sets={name: batches for name in config.evaluation.sets},
+    )
