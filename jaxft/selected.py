@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -121,7 +121,7 @@ def trained_entries(w: Weight, layers: int) -> Float[np.ndarray, " layers"]:
         block, matrix = math.prod(jax.tree.leaves(w.blocks)[0].shape[-2:]), math.prod(shape_of(w)[-2:])
         own = each(np.asarray((w.index < matrix // block).sum(-1)) * block)
     else:  # a node whose trained part has the shape of the weight, or stands around one that has
-        parts = [getattr(w, f.name) for f in dataclasses.fields(w)] if isinstance(w, Node) else []
+        parts = [getattr(w, f.name) for f in dataclasses.fields(cast(Any, w))] if isinstance(w, Node) else []
         return sum((trained_entries(part, layers) for part in parts if part is not None and _is_tree(part)), none)
     return own + trained_entries(w.base, layers)
 

@@ -94,7 +94,8 @@ def _frozen(value: Any) -> Any:
 
 
 def _node_classes(root: type) -> list[type]:
-    return [cls for child in root.__subclasses__() for cls in (child, *_node_classes(child))]
+    children: list[type] = root.__subclasses__()
+    return [cls for child in children for cls in (child, *_node_classes(child))]
 
 
 def _name(path: tuple) -> str:

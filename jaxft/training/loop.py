@@ -265,7 +265,7 @@ def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job
         router_aux_loss=settings.router_aux_loss,
     )
 
-    def set_batches(name: str) -> Iterator[Mapping[str, Any]]:
+    def set_batches(name: str) -> Iterator[dict]:
         found = evaluation_batches(
             config.evaluation.sets[name],
             tokenizer,

@@ -75,7 +75,7 @@ def sara(budget: float | int = 0.1, adjustments: int = 1, nuclear: float = 5e-4,
 
 def change_of(w: SparseDelta) -> Float[Array, "..."]:
     """The dense matrix P of a sparse delta."""
-    return materialize(w.replace(base=jnp.zeros(shape_of(w), w.values.dtype)))
+    return materialize(w.replace(base=jnp.zeros(shape_of(w), jax.tree.leaves(w.values)[0].dtype)))
 
 
 def _entries(w: SparseDelta) -> Array:
