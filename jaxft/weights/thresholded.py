@@ -1,7 +1,6 @@
 """`Thresholded`: a frozen weight whose entries are switched off where a trained score falls below a threshold."""
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
