@@ -94,6 +94,7 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
 - **sent**: GiB one chip sends a step; *hidden*: the part of it that runs beside matrix products.
 - **best**: roofline, every unit at its peak: milliseconds a step and model FLOPs utilisation. A bound, no forecast.
 - **compile**: seconds on the machine of that day, and of CPU time.
+- 70b hft keeps the inputs of its layers in host memory (`remat: offload`), 5 GiB a chip, which are not counted.
 - Everything is bfloat16 unless the row says that what trains has float32 masters and moments.
 
 | job | chips | tokens | HBM (goal) | state | temporary | FLOPs | sent | hidden | best | compile |
