@@ -145,12 +145,13 @@ def test_a_compiled_step_computes_what_the_method_needs(directory, method, remat
     tuned = tuned_of(compiled.state, compiled.frozen)
     found = hlo.costs(hlo.parse(compiled.step.as_text()), taken=trained_share(combine(tuned)))
     least = model_flops(model.config, tuned, ROWS, SEQ, remat)
-    # Plain attention: 2 products forward, 4 backward, 1 or 2 again where the layer is recomputed, over all pairs.
+    # Plain attention, over all pairs: 2 products forward, 4 backward, the scores again (it keeps none), and the mean of
+    # the values again where the layer is recomputed.
     one = 2 * ROWS * LAYERS * HEADS * HEAD_DIM * SEQ**2
     seen = 4 * ROWS * LAYERS * HEADS * HEAD_DIM * visible_pairs(SEQ)
     least_without_attention = least - seen * (4.5 if remat == "block" else 3.5)
     products = (found.flops - least_without_attention) / one
-    assert products == pytest.approx(8 if remat == "block" else 6, abs=0.05)
+    assert products == pytest.approx(8 if remat == "block" else 7, abs=0.05)
 
 
 def test_planned_shapes_are_those_of_the_run(directory):
