@@ -75,8 +75,9 @@ quickstart: $(VENV)/.run
 	@echo "  $(VENV)/bin/jaxft methods                            # every method, with its paper and options"
 	@echo "  $(VENV)/bin/jaxft train --help                       # your own data: copy configs/quickstart.yaml"
 
+# The tests of a file go to one worker: they share what is costly to make.
 test: $(VENV)/.test $(VENV)/.tpu
-	@$(python) -m pytest -n $(WORKERS) -q $(PYTEST_ARGS)
+	@$(python) -m pytest -n $(WORKERS) --dist loadscope -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .

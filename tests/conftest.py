@@ -1,5 +1,8 @@
 """What every test relies on: 8 virtual CPU devices, one compilation cache, no network."""
 
+import contextlib
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -40,8 +43,36 @@ settings.register_profile(
 settings.load_profile("jaxft")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _forget_compiled_programs():
-    """Every program that stays compiled holds memory maps, of which a process may have 65,530."""
-    yield
+# Compiled programs hold memory, and memory maps, of which a process may have 65,530 (vm.max_map_count): beyond that
+# LLVM "cannot allocate memory" and the process ends.
+MANY_MAPS, MUCH_MEMORY = 30_000, 2 * 2**30
+
+
+def is_crowded() -> bool:
+    """Whether this process should make room; False where /proc does not say."""
+    maps, memory = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return False
+    resident = int(memory.read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return resident > MUCH_MEMORY or maps.read_bytes().count(b"\n") > MANY_MAPS
+
+
+def forget_compiled_programs() -> None:
+    """Drops compiled programs, and gives what they held back to the system, which glibc would keep."""
     jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_after_a_file():
+    yield
+    forget_compiled_programs()
+
+
+@pytest.fixture(autouse=True)
+def _forget_when_crowded(request: pytest.FixtureRequest):
+    yield
+    if is_crowded() and not request.node.path.name == "test_conformance.py":  # which does so between its trials
+        forget_compiled_programs()

@@ -374,11 +374,11 @@ class Link:
     def _end(self, text: str, code: int) -> NoReturn:
         """Ends this process at once: its other threads may be waiting for ever inside a collective."""
         self._ending = True
-        self._dismiss_sentinel()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
         os.write(2, f"\nerror: process {self.index} stops, because {text}\n".encode())
+        self._dismiss_sentinel()  # not earlier: JAX may abort this process at any moment
         os._exit(code)
 
     def fail(self, reason: str) -> None:

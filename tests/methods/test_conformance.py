@@ -6,6 +6,7 @@ import pytest
 
 from jaxft.methods import build, get_method, methods
 from jaxft.testing import CHECKS, Trial
+from tests.conftest import forget_compiled_programs, is_crowded
 from tests.methods.tiny import OF_EXPERTS, mixture_trial, trial
 
 CHAINS = {
@@ -15,8 +16,10 @@ CHAINS = {
 }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def tried(name: str) -> Trial:
+    if is_crowded():
+        forget_compiled_programs()
     if name in CHAINS:
         return trial(build(CHAINS[name]))
     entry = get_method(name)

@@ -15,9 +15,11 @@ from jaxft.weights import Anchored, RowSplit, Split, materialize
 from tests.methods.tiny import CONFIG, params
 
 KEY = jax.random.key(0)
-ATTENTION = DECODER_ROLES.categories["attention"]
-MLP = DECODER_ROLES.categories["mlp"]
-NORM = DECODER_ROLES.categories["norm"]
+# Of this model: the roles name the experts of a mixture too.
+ATTENTION, MLP, NORM = (
+    [path for path in DECODER_ROLES.categories[category] if path in weights_by_path(params())]
+    for category in ("attention", "mlp", "norm")
+)
 L = CONFIG.num_layers
 
 

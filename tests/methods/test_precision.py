@@ -9,7 +9,7 @@ from jaxft.methods import get_method, methods
 from jaxft.partition import combine
 from jaxft.training.loss import language_model_loss
 from jaxft.training.precision import Precision, cast_tuned
-from tests.methods.tiny import KINDS, MODEL, batches, params, trial
+from tests.methods.tiny import KINDS, MIXTURE, MODEL, OF_EXPERTS, batches, mixture_trial, params, trial
 from tests.methods.tiny import LOSS as EXACT
 from tests.weights.test_law import equations
 
@@ -20,7 +20,8 @@ ROWS = len(batches()[0]["tokens"])
 def cut(name):
     entry = get_method(name)
     method = entry.build(**entry.example)
-    tuned = method.init(jax.random.key(0), params(), trial(method).probe)
+    tried = (mixture_trial if name in OF_EXPERTS else trial)(method)
+    tuned = method.init(jax.random.key(0), tried.params, tried.probe)
     return cast_tuned(tuned, Precision("float32", "bfloat16", "bfloat16"))
 
 
@@ -40,9 +41,9 @@ def test_bf16_frozen_and_fp32_trainable(name):
         assert g.dtype == jnp.float32 and np.isfinite(g).all()
 
 
-def wide(tree) -> set[str]:
+def wide(tree, model=MODEL) -> set[str]:
     """Primitives whose results have the shape of activations and are float32."""
-    hidden = jax.make_jaxpr(lambda t: MODEL.hidden(t, batches()[0]["tokens"], dtype=jnp.bfloat16, remat="none"))(tree)
+    hidden = jax.make_jaxpr(lambda t: model.hidden(t, batches()[0]["tokens"], dtype=jnp.bfloat16, remat="none"))(tree)
     return {
         e.primitive.name
         for e, _ in equations(hidden.jaxpr)
@@ -53,7 +54,8 @@ def wide(tree) -> set[str]:
 
 @pytest.mark.parametrize("name", methods())
 def test_fp32_masters_do_not_widen_bf16_activations(name):
-    base = wide(params())  # of any model: rows of a float32 embedding as they are read, and norms
+    model = MIXTURE if name in OF_EXPERTS else MODEL
+    base = wide(params(model=model), model)  # of any model: rows of a float32 embedding as they are read, and norms
     assert base and "dot_general" not in base
-    more = wide(combine(cut(name))) - base
+    more = wide(combine(cut(name)), model) - base
     assert not more, f"{name} makes float32 activations: {more}"

@@ -18,6 +18,7 @@ from jaxft.weights import (
     site,
     split_layers,
 )
+from jaxft.weights.sites import Tally
 from tests.weights.test_law import node_classes
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 8))
@@ -36,6 +37,7 @@ MODULES = {
     ScaleShift: ScaleShift(normal(1, 8), normal(2, 8)),
     Bottleneck: bottleneck(),
     SoftPrompt: SoftPrompt(normal(1, 3, 8)),
+    Tally: Tally(jnp.zeros(8), jnp.zeros(8)),
 }
 
 
