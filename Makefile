@@ -40,8 +40,9 @@ $(VENV)/.created:
 define install
 	@echo "Installing $(2), pinned in $(1), into $(VENV) ..."
 	@start=$$(date +%s); \
-	  $(pip) install --requirement $(1) && \
-	  $(pip) install --no-deps --no-build-isolation --editable . && \
+	  { $(pip) install --requirement $(1) && $(pip) install --no-deps --no-build-isolation --editable .; } || { \
+	  echo "The installation failed. What an interrupted one has left can be the reason: rm -rf $(VENV) and try again."; \
+	  exit 1; }; \
 	  echo "Installed in $$(( $$(date +%s) - start )) s."
 	@touch $@
 endef
