@@ -19,6 +19,7 @@ _PUBLIC = {
     "jaxft.methods.probe": ("Probe",),
     "jaxft.methods.registry": ("build", "get_method"),
     "jaxft.partition": ("Roles", "Trains", "Tuned", "combine", "mark", "select", "split"),
+    "jaxft.stacking": ("stack_layers",),
     "jaxft.training.loss": ("cross_entropy", "language_model_loss"),
     "jaxft.training.state": ("init_state", "parameters", "tuned_of"),
     "jaxft.training.step": ("make_train_step",),

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxft.errors import JaxftError
 from jaxft.methods import Probe, bitfit, chain, full, hft, lisa, lora, lt_sft, merge
 from jaxft.partition import Roles, combine, weights_by_path
+from jaxft.stacking import stack_layers
 from jaxft.testing import Trial, check_frozen, check_identity, check_init, check_law, check_memory, check_trains
 from jaxft.weights import materialize
 
@@ -107,6 +108,19 @@ def nnx_model():
     return nnx.to_pure_dict(state), as_loss(apply_fn), NNX_ROLES
 
 
+@functools.cache
+def stacked_nnx():
+    """The same model for methods that choose among layers: they see a stack, the model its list."""
+    params, _, _ = nnx_model()
+    stacked, unstack = stack_layers(params, "mixers")
+    _, loss, _ = nnx_model()
+    roles = Roles(
+        names={"linear": "layers.mix.kernel", "head": "out.kernel"},
+        categories={"kernel": ("layers.mix.kernel",), "norm": ("layers.gain",)},
+    )
+    return stacked, lambda params, *rest: loss(unstack(materialize(params)), *rest), roles
+
+
 METHODS = {
     "linen-full": (linen, full()),
     "linen-lora": (linen, lora(rank=2)),
@@ -120,6 +134,8 @@ METHODS = {
     "nnx-lora": (nnx_model, chain(lora(rank=2), full(on="out|gain"))),
     "nnx-layers": (nnx_model, full(on="mixers[1:]")),
     "nnx-bitfit": (nnx_model, bitfit(on="**.kernel")),
+    "nnx-hft": (stacked_nnx, hft(rounds=2)),
+    "nnx-lisa": (stacked_nnx, lisa(num_layers=2, period=2, always="stem|out")),
     "nnx-lt-sft": (nnx_model, lt_sft(budget=50, search_steps=2, on="mixers.*.mix.kernel")),
 }
 
@@ -148,6 +164,33 @@ def test_methods_of_stacked_layers_say_that_there_are_none(method):
     params, *_ = nnx_model()
     with pytest.raises(JaxftError, match="no stacked matrix|have none of"):
         method.init(jax.random.key(0), params, Probe(roles=NNX_ROLES))
+
+
+def test_layers_are_stacked_and_taken_apart():
+    params, *_ = nnx_model()
+    stacked, unstack = stack_layers(params, "mixers")
+    assert stacked["layers"]["mix"]["kernel"].shape == (3, 16, 16)
+    jax.tree.map(np.testing.assert_array_equal, unstack(stacked), params)
+    named = {"stem": params["stem"], "block_10": params["mixers"][1], "block_9": params["mixers"][0]}
+    stacked, unstack = stack_layers(named, "block_*", name="blocks")
+    np.testing.assert_array_equal(stacked["blocks"]["gain"][0], named["block_9"]["gain"])
+    jax.tree.map(np.testing.assert_array_equal, unstack(stacked), named)
+    listed = {"blocks": [params["mixers"][0], params["mixers"][1]]}
+    stacked, unstack = stack_layers(listed, "blocks")
+    jax.tree.map(np.testing.assert_array_equal, unstack(stacked), listed)
+
+
+def test_layers_that_make_no_stack_are_refused():
+    params, *_ = nnx_model()
+    with pytest.raises(JaxftError, match=r'no layers "mixer" .*did you mean "mixers"'):
+        stack_layers(params, "mixer")
+    with pytest.raises(JaxftError, match="no layers"):
+        stack_layers(params, "stem")
+    with pytest.raises(JaxftError, match="a key of the parameters already"):
+        stack_layers(params, "mixers", name="stem")
+    other = {**params["mixers"][1], "gain": jnp.ones(3)}
+    with pytest.raises(JaxftError, match=r"layer 1 of \"mixers\" has gain: f.*\[3\], layer 0 f.*\[16\]"):
+        stack_layers({"mixers": [params["mixers"][0], other]}, "mixers")
 
 
 def test_layers_of_a_list_are_selected_by_range():

@@ -97,11 +97,11 @@ def hft(
 
 def half_draw(params: Tree, roles: Roles, fraction: float, level: Level) -> Draw:
     """The draw of a fraction of the stacked matrices at one of three levels, with fixed counts per leaf."""
+    num = layer_counts(params, roles)
     groups = [stacked_arrays(params, paths, roles) for paths in roles.categories.values() if _any(params, paths, roles)]
     groups = [g for g in groups if g]
     if not groups:
         raise JaxftError("hft: no stacked matrix of any category is left to draw from")
-    num = layer_counts(params, roles)
     if level == "layer" and not 0 < round(num * fraction) < num:
         raise JaxftError(f"hft: fraction={fraction} of {num} layers is {round(num * fraction)}: expected some, not all")
 

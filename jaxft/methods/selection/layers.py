@@ -80,7 +80,8 @@ def layer_counts(params: Tree, roles: Roles) -> int:
     if not stacked:
         raise JaxftError(
             f"this method selects layers of stacked leaves, but the parameters have none of {roles.stacked} "
-            f"(top-level keys: {sorted(params)})"
+            f"(top-level keys: {sorted(params)}): name the stack in Roles(stacked=...), or make one of layers that are "
+            "kept apart with jaxft.stack_layers"
         )
     return num_layers(stacked[0])
 
