@@ -79,7 +79,7 @@ DECODER_ROLES = Roles(
     categories={
         "attention": tuple(f"layers.attn.{m}.kernel" for m in "qkvo"),
         "mlp": tuple(f"layers.mlp.{part}{m}.kernel" for part in ("", "experts.") for m in ("gate", "up", "down")),
-        "norm": ("layers.attn_norm.scale", "layers.mlp_norm.scale"),
+        "norm": tuple(f"layers.{post}{part}_norm.scale" for post in ("", "post_") for part in ("attn", "mlp")),
         "qk_norm": ("layers.attn.q_norm.scale", "layers.attn.k_norm.scale"),
         "bias": tuple(f"layers.attn.{m}.bias" for m in "qkvo"),
         "mlp_bias": tuple(f"layers.mlp.{m}.bias" for m in ("gate", "up", "down")),

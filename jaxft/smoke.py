@@ -26,6 +26,8 @@ def smoke_overrides(config_path: str, overrides: Sequence[str], directory: Path)
     shapes = load_model(config.model.path).config
     groups = 2 if shapes.num_kv_heads < shapes.num_heads else 1
     layers = min(4, shapes.num_layers)
+    kinds = shapes.sliding_layers
+    other = next((kind for kind in kinds if kind != kinds[0]), kinds[0])
     tiny = shapes.replace(
         hidden_size=64,
         intermediate_size=128,
@@ -33,7 +35,7 @@ def smoke_overrides(config_path: str, overrides: Sequence[str], directory: Path)
         num_heads=4,
         num_kv_heads=4 // groups,
         head_dim=16,
-        sliding_layers=shapes.sliding_layers[:layers],
+        sliding_layers=(*kinds[: layers - 1], other),  # of both kinds, where the model has both
     )
     model = LanguageModel(tiny)
     tokenizer = load_tokenizer(config.model.path)

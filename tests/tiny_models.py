@@ -21,6 +21,20 @@ SHAPES = {
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
+GEMMA3 = {
+    **SHAPES,
+    "num_hidden_layers": 7,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 5,
+    "final_logit_softcapping": 20.0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+
+
 def _llama(**fields) -> transformers.PreTrainedConfig:
     return transformers.LlamaConfig(**{**SHAPES, **fields})
 
@@ -45,6 +59,9 @@ CONFIGS = {
         **SHAPES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPES, head_dim=16),
+    # Layers of both kinds, the global ones with a rotary embedding of their own; 24 tokens are more than the window.
+    "gemma2": lambda: transformers.Gemma2Config(**SHAPES, head_dim=16, query_pre_attn_scalar=8, sliding_window=5),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**GEMMA3),
     "mixtral": lambda: transformers.MixtralConfig(**SHAPES, num_local_experts=5, num_experts_per_tok=2),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
         **SHAPES, head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
@@ -66,7 +83,23 @@ def torch_model(name: str) -> torch.nn.Module:
     """The model, with weights large enough that every part of it shows in the logits."""
     config = CONFIGS[name]()
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return _drawn(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def gemma_with_images() -> torch.nn.Module:
+    """A Gemma 3 that reads images too."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**GEMMA3, "num_hidden_layers": 3, "final_logit_softcapping": None},  # which this class ignores
+        vision_config={**vision, "image_size": 28, "patch_size": 14, "vision_use_head": False},
+        mm_tokens_per_image=4,
+        image_token_index=95,
+    )
+    return _drawn(transformers.Gemma3ForConditionalGeneration(config))
+
+
+def _drawn(model: torch.nn.Module) -> torch.nn.Module:
+    model = model.eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

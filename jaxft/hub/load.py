@@ -27,7 +27,9 @@ from jaxft.weights import Tree
 EMBEDDED = ("nano", "nano-moe")  # in the package, under jaxft/assets; nano-moe is nano with four copies of its MLPs
 PRESET = "preset:"  # in front of the name of a well-known shape, which has no weights
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # recomputed from the config
+# Recomputed from the config; of a model of text and images, what is not its language model.
+_IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
+_WRAPPED = re.compile(r"^(model\.)?language_model\.")  # in front of the names of the language model in such a model
 _MODEL_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 _SHOWN = 12
 
@@ -116,7 +118,8 @@ def open_tensors(directory: Path) -> Iterator["_Tensors"]:
 
 
 class _Tensors:
-    """The tensors of a checkpoint by name, over its files, which are opened when first needed."""
+    """The tensors of a checkpoint by name, over its files, which are opened when first needed. Those of the language
+    model in a model of text and images have the names they have where it stands alone."""
 
     def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
         self.directory, self._stack = directory, stack
@@ -130,6 +133,7 @@ class _Tensors:
             other = sorted(file.name for file in directory.glob("*.bin"))
             hint = f" ({', '.join(other[:3])} is in PyTorch's format: convert it to safetensors)" if other else ""
             raise JaxftError(f"{directory}: there is neither {WEIGHTS} nor {WEIGHTS_INDEX}{hint}")
+        self._stored = {_WRAPPED.sub(r"\1", name): name for name in self._file_of}
 
     def _check_index(self) -> None:
         """The index may name files or tensors which are not there, and files may hold tensors it does not name."""
@@ -150,9 +154,10 @@ class _Tensors:
         return self._open[file]
 
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._stored)
 
     def slice(self, name: str) -> "_Slice":
+        name = self._stored[name]
         file = self._file_of[name]
         return _Slice(self.directory / file, name, tuple(self._handle(file).get_slice(name).get_shape()))
 

@@ -26,6 +26,11 @@ _IN_LAYER = {
         for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
     },
 }
+_POST_NORMS = {  # where attention and MLP are normalised before and after
+    "post_attn_norm.scale": "post_attention_layernorm.weight",
+    "mlp_norm.scale": "pre_feedforward_layernorm.weight",
+    "post_mlp_norm.scale": "post_feedforward_layernorm.weight",
+}
 _MIXTURE = {  # of each model type: the module of the mixture, and what it calls the matrices of an expert
     "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
     "qwen3_moe": ("mlp", {name: f"{name}_proj" for name in ("gate", "up", "down")}),
@@ -59,10 +64,12 @@ def tensor_names(path: str, config: DecoderConfig) -> np.ndarray:
         tensor, experts = names[found[1]], range(config.num_experts)
         rows = [[f"model.layers.{layer}.{module}.experts.{e}.{tensor}.weight" for e in experts] for layer in layers]
         return np.array(rows, object)
-    router = {"mlp.router.kernel": f"{module}.gate.weight"} if names else {}
-    if inside == path or inside not in _IN_LAYER | router:
+    known = _IN_LAYER | (_POST_NORMS if config.post_norms else {})
+    if names:
+        known = known | {"mlp.router.kernel": f"{module}.gate.weight"}
+    if inside == path or inside not in known:
         raise JaxftError(f'no Hugging Face tensor stands for the parameter "{path}"')
-    return np.array([f"model.layers.{layer}.{(_IN_LAYER | router)[inside]}" for layer in layers], object)
+    return np.array([f"model.layers.{layer}.{known[inside]}" for layer in layers], object)
 
 
 def is_transposed(path: str) -> bool:

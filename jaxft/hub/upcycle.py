@@ -25,14 +25,18 @@ def upcycle(
     tokens. An existing `target` is left as it is.
 
     Raises:
-        JaxftError: the model has biases, q_norm or k_norm, or windows in some layers only, which Mixtral has not.
+        JaxftError: the model has biases, q_norm or k_norm, norms after attention and MLP, or windows in some layers
+            only, which Mixtral has not.
     """
     if (target / "config.json").is_file():
         return target
     described = read_json(source / "config.json")
     dense = from_huggingface(described)
-    if dense.qkv_bias or dense.output_bias or dense.mlp_bias or dense.qk_norm or len(set(dense.sliding_layers)) > 1:
-        raise JaxftError(f"{source}: a {dense.model_type} with biases, q_norm or mixed windows cannot become a mixtral")
+    norms, biases = dense.qk_norm or dense.post_norms, dense.qkv_bias or dense.output_bias or dense.mlp_bias
+    if norms or biases or len(set(dense.sliding_layers)) > 1:
+        raise JaxftError(
+            f"{source}: a {dense.model_type} with biases, q_norm, post-norms or mixed windows cannot become a mixtral"
+        )
     config = dense.replace(
         model_type="mixtral",
         num_experts=experts,

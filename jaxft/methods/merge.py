@@ -32,7 +32,7 @@ def _foldable(home: dict, name: str, module: ScaleShift, roles: Roles) -> bool:
         if not isinstance(home, dict) or key not in home:
             return False
         home = home[key]
-    return "kernel" in home or ("scale" in home and (module.shift is None or name in roles.consumers))
+    return "kernel" in home or ("scale" in home and name in roles.consumers)
 
 
 def unmerged_sites(params: Tree) -> list[str]:

@@ -19,8 +19,8 @@ class Attention(nnx.Module):
         self.v = project(config.hidden_size, keys, use_bias=config.qkv_bias)
         self.o = project(queries, config.hidden_size, use_bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(config.head_dim, param_dtype=dtype, rngs=rngs)
-            self.k_norm = nnx.RMSNorm(config.head_dim, param_dtype=dtype, rngs=rngs)
+            self.q_norm = _norm(config, config.head_dim, dtype, rngs)
+            self.k_norm = _norm(config, config.head_dim, dtype, rngs)
 
 
 class MLP(nnx.Module):
@@ -55,10 +55,13 @@ class Mixture(nnx.Module):
 
 class Layer(nnx.Module):
     def __init__(self, config: DecoderConfig, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.attn_norm = nnx.RMSNorm(config.hidden_size, param_dtype=dtype, rngs=rngs)
+        self.attn_norm = _norm(config, config.hidden_size, dtype, rngs)
         self.attn = Attention(config, dtype, rngs)
-        self.mlp_norm = nnx.RMSNorm(config.hidden_size, param_dtype=dtype, rngs=rngs)
+        self.mlp_norm = _norm(config, config.hidden_size, dtype, rngs)
         self.mlp = (Mixture if config.num_experts else MLP)(config, dtype, rngs)
+        if config.post_norms:
+            self.post_attn_norm = _norm(config, config.hidden_size, dtype, rngs)
+            self.post_mlp_norm = _norm(config, config.hidden_size, dtype, rngs)
 
 
 class Decoder(nnx.Module):
@@ -70,9 +73,14 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(vocab, dim, embedding_init=normal, param_dtype=dtype, rngs=rngs)
         stack = nnx.vmap(lambda rngs: Layer(config, dtype, rngs))
         self.layers = stack(rngs.split(config.num_layers))
-        self.final_norm = nnx.RMSNorm(dim, param_dtype=dtype, rngs=rngs)
+        self.final_norm = _norm(config, dim, dtype, rngs)
         if not config.tie_embeddings:
             self.head = _projection(config, dtype, rngs)(dim, vocab, use_bias=False)
+
+
+def _norm(config: DecoderConfig, dim: int, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    start = nnx.initializers.constant(1.0 - config.norm_offset)  # a factor of one
+    return nnx.RMSNorm(dim, scale_init=start, param_dtype=dtype, rngs=rngs)
 
 
 def _projection(config: DecoderConfig, dtype: Any, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:

@@ -31,10 +31,13 @@ def attention(
     key_segment_ids: Int[Array, "batch keys"] | None = None,
     causal: bool = True,
     sliding_window: int | None = None,
+    scale: float | None = None,
     softcap: float | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch seq heads dim"]:
-    """`softmax(q k^T / sqrt(dim)) v` over the keys a query may see; softmax in fp32, result in the dtype of `q`.
+    """`softmax(scale q k^T) v` over the keys a query may see; softmax in fp32, result in the dtype of `q`.
+
+    `scale` is 1 / sqrt(dim) if it is None. With a `softcap` c the scores are c tanh(scale q k^T / c).
 
     A query sees the keys of its own segment (and of `PROMPT_SEGMENT`), at positions not after its own if `causal`, and
     less than `sliding_window` before it. Segment 0 is padding: no query sees it as a key, and what padded queries get
@@ -48,6 +51,7 @@ def attention(
     if implementation not in IMPLEMENTATIONS:
         raise JaxftError(f'attention "{implementation}" is unknown: {nearest(implementation, IMPLEMENTATIONS)}')
     is_self = key_positions is None
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if implementation == "auto":
         implementation = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
         if _obstacle(implementation, q, k, is_self=is_self, causal=causal, softcap=softcap):
@@ -56,7 +60,7 @@ def attention(
         raise JaxftError(f'attention "{implementation}" cannot be used here: {reason}. Use "auto" or "xla"')
 
     if implementation == "splash":
-        return _splash(q, k, v, segment_ids, sliding_window=sliding_window, softcap=softcap)
+        return _splash(q, k, v, segment_ids, sliding_window=sliding_window, scale=scale, softcap=softcap)
     mask = _mask(
         positions,
         positions if is_self else key_positions,
@@ -73,11 +77,12 @@ def attention(
             k,
             v,
             mask=None if segment_ids is None else mask[:, None],
+            scale=scale,
             is_causal=causal,
             local_window_size=window,
             implementation="cudnn",
         )
-    return _xla(q, k, v, mask, softcap)
+    return _xla(q, k, v, mask, scale, softcap)
 
 
 def _obstacle(
@@ -136,19 +141,22 @@ def _mask(
     return mask
 
 
-def _xla(q: Array, k: Array, v: Array, mask: Bool[Array, "#batch seq keys"], softcap: float | None) -> Array:
+def _xla(
+    q: Array, k: Array, v: Array, mask: Bool[Array, "#batch seq keys"], scale: float, softcap: float | None
+) -> Array:
     # Heads before positions: each head's product is then one of contiguous matrices.
     q = rearrange(q, "batch seq (kv group) dim -> batch kv group seq dim", kv=k.shape[2])
-    out = _dense(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None], softcap)
+    out = _dense(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None], scale, softcap)
     return rearrange(out, "batch kv group seq dim -> batch seq (kv group) dim")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _dense(
     q: Float[Array, "batch kv_heads group seq dim"],
     k: Float[Array, "batch kv_heads keys dim"],
     v: Float[Array, "batch kv_heads keys dim"],
     mask: Bool[Array, "#batch 1 1 seq keys"],
+    scale: float,
     softcap: float | None,
 ) -> Float[Array, "batch kv_heads group seq dim"]:
     """Attention by forming all scores of a layer, but keeping none of them for the backward pass.
@@ -157,7 +165,7 @@ def _dense(
     computing the scores again takes no longer than writing and reading them, and a model without remat does not hold
     `batch * heads * seq * keys` numbers a layer.
     """
-    return _dense_forward(q, k, v, mask, softcap)[0]
+    return _dense_forward(q, k, v, mask, scale, softcap)[0]
 
 
 def _repeated(x: Float[Array, "batch kv_heads keys dim"], group: int) -> Array:
@@ -165,14 +173,16 @@ def _repeated(x: Float[Array, "batch kv_heads keys dim"], group: int) -> Array:
     return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], group, *x.shape[2:]))
 
 
-def _scores(q: Array, k: Array, softcap: float | None) -> Float[Array, "batch kv_heads group seq keys"]:
-    scores = jnp.einsum("bkgtd,bkgsd->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+def _scores(q: Array, k: Array, scale: float, softcap: float | None) -> Float[Array, "batch kv_heads group seq keys"]:
+    scores = jnp.einsum("bkgtd,bkgsd->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _dense_forward(q: Array, k: Array, v: Array, mask: Array, softcap: float | None) -> tuple[Array, tuple]:
+def _dense_forward(
+    q: Array, k: Array, v: Array, mask: Array, scale: float, softcap: float | None
+) -> tuple[Array, tuple]:
     keys, values = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
-    scores = jnp.where(mask, _scores(q, keys, softcap), -1e30)  # finite: a row without any key stays finite
+    scores = jnp.where(mask, _scores(q, keys, scale, softcap), -1e30)  # finite: a row without any key stays finite
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -181,14 +191,14 @@ def _dense_forward(q: Array, k: Array, v: Array, mask: Array, softcap: float | N
     return out, (q, k, v, mask, top + jnp.log(total), out)
 
 
-def _dense_backward(softcap: float | None, residuals: tuple, g: Array) -> tuple[Array | None, ...]:
+def _dense_backward(scale: float, softcap: float | None, residuals: tuple, g: Array) -> tuple[Array | None, ...]:
     q, k, v, mask, log_total, out = residuals
     keys, values = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
-    scores = _scores(q, keys, softcap)
+    scores = _scores(q, keys, scale, softcap)
     probabilities = jnp.where(mask, jnp.exp(scores - log_total), 0.0)
     dprobabilities = jnp.einsum("bkgtd,bkgsd->bkgts", g, values, preferred_element_type=jnp.float32)
     shift = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = probabilities * (dprobabilities - shift) / math.sqrt(q.shape[-1])
+    dscores = probabilities * (dprobabilities - shift) * scale
     if softcap is not None:
         dscores *= 1 - jnp.square(scores / softcap)
     dscores = dscores.astype(q.dtype)
@@ -209,10 +219,17 @@ def _sequence_shards(seq: int) -> int:
 
 
 def _splash(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, *, sliding_window: int | None, softcap: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    *,
+    sliding_window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> Array:
     """Splash attention, one call a device: batch, heads and query positions are cut over the ambient mesh."""
-    batch, seq, heads, dim = q.shape
+    batch, seq, heads, _ = q.shape
     shape = (seq, seq)
     mask = splash_attention.CausalMask(shape)
     if sliding_window is not None:
@@ -236,7 +253,7 @@ def _splash(
         ids = splash_attention.SegmentIds(query_segments, key_segments)
         return jax.vmap(kernel)(q, k, v, segment_ids=ids)
 
-    q = (q / math.sqrt(dim)).astype(q.dtype)
+    q = (q * scale).astype(q.dtype)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # heads before positions
     if not jax.sharding.get_abstract_mesh().empty:
         batch_axes, sequence_axes = mesh_axes("batch", batch), mesh_axes("sequence", seq)

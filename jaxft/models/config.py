@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxft.errors import JaxftError, nearest
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 ARCHITECTURES = {
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -16,7 +17,12 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+MODEL_TYPES = tuple(ARCHITECTURES)
 MIXTURES = ("mixtral", "qwen3_moe")  # those with experts in every layer
+GEMMAS = ("gemma2", "gemma3_text")
+WRAPPERS = {"gemma3": "gemma3_text"}  # a model of text and images -> the language model in it, its `text_config`
+ATTENTION_BIASES = ("llama", "qwen3", "qwen3_moe", *GEMMAS)  # with the key attention_bias: on all four projections
+LAYER_KINDS = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
 _ACTIVATION_ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
@@ -57,11 +63,16 @@ _ROPE_MAY_HAVE = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shapes and features of a decoder-only transformer (Llama 2/3, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE).
+    """Shapes and features of a decoder-only transformer (Llama 2/3, Mistral, Qwen2/3, Gemma 2/3, Mixtral, Qwen3-MoE).
 
     `hidden_size` D, `intermediate_size` F, `num_heads` H query heads and `num_kv_heads` K key/value heads of
     `head_dim` Dh channels, `num_layers` L, `vocab_size` V. `sliding_layers[l]` says whether layer l attends to the last
-    `sliding_window` positions only.
+    `sliding_window` positions only; those layers rotate by `sliding_rope` where it is not None, the others by `rope`.
+
+    A norm multiplies by `norm_offset` plus its scale. With `post_norms` what attention and MLP add to the residual
+    stream is normalised, too. `scale_embeddings` multiplies embeddings by the square root of D. Attention scores are
+    multiplied by `query_pre_attn_scalar` (None: Dh) to the power of -1/2. A soft cap c makes `c tanh(x / c)` of the
+    scores of attention (`attn_logit_softcapping`) or of the head (`final_logit_softcapping`).
 
     With `num_experts` above 0 every layer has a mixture of experts of width `moe_intermediate_size` in the place of its
     MLP, `num_experts_per_token` of which see a token, weighed by router probabilities that sum up to 1 if
@@ -87,8 +98,15 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    scale_embeddings: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
+    sliding_rope: RopeConfig | None = None
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -136,12 +154,44 @@ class DecoderConfig:
             raise JaxftError(f"sliding_layers names {len(sliding)} layers, the model has {self.num_layers}")
         if any(sliding) and self.sliding_window is None:
             raise JaxftError("sliding_layers names sliding layers but sliding_window is null")
-        # A window that no layer uses means nothing: one way to write one model keeps configs comparable.
+        for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise JaxftError(f"{name} is {getattr(self, name)}: expected more than 0, or null for none")
+        # What no layer uses means nothing: one way to write one model keeps configs comparable.
+        own_rope = self.sliding_rope if any(sliding) and self.sliding_rope != self.rope else None
         object.__setattr__(self, "sliding_layers", tuple(sliding))
         object.__setattr__(self, "sliding_window", self.sliding_window if any(sliding) else None)
+        object.__setattr__(self, "sliding_rope", own_rope)
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     def replace(self, **fields: Any) -> "DecoderConfig":
         return dataclasses.replace(self, **fields)
+
+
+def _ropes_from_huggingface(
+    config: Mapping[str, Any], max_position_embeddings: int
+) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rotary embedding of all layers, and that of the sliding ones where the model type has two."""
+    if config["model_type"] != "gemma3_text":
+        return _rope_from_huggingface(config, max_position_embeddings), None
+    by_kind = config.get("rope_parameters") or {}
+    if unknown := sorted(set(by_kind) - set(LAYER_KINDS)):
+        raise JaxftError(
+            f"rope_parameters of a gemma3_text holds {', '.join(unknown)}: expected {' and '.join(LAYER_KINDS)}"
+        )
+    ropes = {
+        "full_attention": {"rope_scaling": config.get("rope_scaling"), "rope_theta": config.get("rope_theta")},
+        "sliding_attention": {"rope_theta": config.get("rope_local_base_freq")},
+    }
+    full, sliding = (
+        _rope_from_huggingface({**ropes[kind], "rope_parameters": by_kind.get(kind)}, max_position_embeddings)
+        for kind in LAYER_KINDS
+    )
+    return full, sliding
 
 
 def _rope_from_huggingface(config: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
@@ -184,23 +234,28 @@ def _token_ids(entry: int | list[int] | None) -> tuple[int, ...]:
 
 def _sliding_from_huggingface(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The window and which layers use it. Mistral, Mixtral, Qwen3-MoE: all; Qwen: those from `max_window_layers` on, or
-    `layer_types`."""
+    `layer_types`; Gemma: `layer_types`, or all but every `sliding_window_pattern`-th."""
     model_type = config["model_type"]
     window = config.get("sliding_window", None if model_type == "mixtral" else 4096)
-    if model_type == "llama" or window is None:
+    if model_type == "llama" or (window is None and model_type not in GEMMAS):
         return None, ()
+    if window is None:
+        raise JaxftError(f"sliding_window of a {model_type} model is null: expected how many positions its layers see")
     if model_type in ("mistral", "mixtral"):
         return int(window), (True,) * num_layers
-    if not config.get("use_sliding_window", False):
+    if model_type not in GEMMAS and not config.get("use_sliding_window", False):
         return None, ()
     if model_type == "qwen3_moe":
         return int(window), (True,) * num_layers
     types = config.get("layer_types")
     if types is not None:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
+        unknown = set(types) - set(LAYER_KINDS)
         if unknown:
-            raise JaxftError(f"layer_types holds {sorted(unknown)}: supported are full_attention, sliding_attention")
+            raise JaxftError(f"layer_types holds {sorted(unknown)}: supported are {', '.join(LAYER_KINDS)}")
         return int(window), tuple(kind == "sliding_attention" for kind in types)
+    if model_type in GEMMAS:
+        period = int(config["sliding_window_pattern"])
+        return int(window), tuple((layer + 1) % period > 0 for layer in range(num_layers))
     first = int(config.get("max_window_layers", 28))
     return int(window), tuple(layer >= first for layer in range(num_layers))
 
@@ -238,14 +293,86 @@ def _mixture_from_huggingface(config: Mapping[str, Any], num_layers: int) -> dic
     }
 
 
+_GEMMA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "sliding_window_pattern": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+    },
+}
+_GEMMA_SHARED_DEFAULTS = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def _gemma_from_huggingface(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in which the Gemma family differs from the others."""
+    model_type = config["model_type"]
+    if model_type not in GEMMAS:
+        return {}
+    if config.get("use_bidirectional_attention"):
+        raise JaxftError("use_bidirectional_attention is true: only causal attention is supported")
+    softcap = config.get("attn_logit_softcapping")
+    if softcap is not None and model_type != "gemma2":
+        raise JaxftError(
+            f"attn_logit_softcapping {softcap} is not supported for {model_type}, where transformers reads it "
+            "but does not apply it: expected null"
+        )
+    return {
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "scale_embeddings": True,
+        "query_pre_attn_scalar": config["query_pre_attn_scalar"],
+        "attn_logit_softcapping": softcap,
+        "final_logit_softcapping": config.get("final_logit_softcapping"),
+    }
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model in a model of text and images; other configs as they are."""
+    inner = WRAPPERS.get(str(config.get("model_type")))
+    if inner is None:
+        return config
+    if not isinstance(config.get("text_config"), Mapping):
+        raise JaxftError(f"config.json of a {config['model_type']} model lacks text_config")
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "tie_word_embeddings")
+    outer = {name: config[name] for name in shared if config.get(name) is not None}
+    return {**config["text_config"], **outer, "model_type": inner}
+
+
 def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
     """A `DecoderConfig` from the contents of a Hugging Face `config.json`.
 
     Reads both spellings of the rotary parameters (`rope_parameters`, or `rope_theta` + `rope_scaling`). Defaults of
-    absent keys are those of transformers for the model type. Raises JaxftError naming the key for an unknown
+    absent keys are those of transformers for the model type. Of a model of text and images (`gemma3`) the language
+    model is described, which is of a type of its own (`gemma3_text`). Raises JaxftError naming the key for an unknown
     `model_type`, for a feature that is not supported, and for a required key that is absent.
     """
+    config = _text_config(config)
     model_type = config.get("model_type")
+    if model_type in GEMMAS:
+        config = {**_GEMMA_SHARED_DEFAULTS, **_GEMMA_DEFAULTS[model_type], **config}
     if model_type not in MODEL_TYPES:
         raise JaxftError(f'model_type "{model_type}" is not supported: {nearest(str(model_type), MODEL_TYPES)}')
     if config.get("quantization_config"):
@@ -269,10 +396,10 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
         head_dim = 128 if model_type == "qwen3" else hidden_size // num_heads
     default_kv_heads = {"mistral": 8, "mixtral": 8, "qwen3_moe": 4}.get(model_type, num_heads)
     kv_heads = config.get("num_key_value_heads") or default_kv_heads
-    activation = config.get("hidden_act", "silu")
+    activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
     window, sliding_layers = _sliding_from_huggingface(config, num_layers)
-    bias = bool(config.get("attention_bias", False)) and model_type in ("llama", "qwen3", "qwen3_moe")
-    mixture = _mixture_from_huggingface(config, num_layers)
+    rope, sliding_rope = _ropes_from_huggingface(config, max_positions)
+    bias = bool(config.get("attention_bias", False)) and model_type in ATTENTION_BIASES
     return DecoderConfig(
         model_type=model_type,
         vocab_size=int(need("vocab_size")),
@@ -284,20 +411,22 @@ def from_huggingface(config: Mapping[str, Any]) -> DecoderConfig:
         head_dim=int(head_dim),
         max_position_embeddings=max_positions,
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-5 if model_type == "mixtral" else 1e-6)),
-        rope=_rope_from_huggingface(config, max_positions),
+        rope=rope,
         hidden_act=_ACTIVATION_ALIASES.get(activation, activation),
         qkv_bias=bias or model_type == "qwen2",
         output_bias=bias,
         mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
-        qk_norm=model_type in ("qwen3", "qwen3_moe"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         sliding_window=window,
         sliding_layers=sliding_layers,
+        sliding_rope=sliding_rope,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         initializer_range=float(config.get("initializer_range", 0.02)),
         bos_token_id=config.get("bos_token_id"),
         eos_token_ids=_token_ids(config.get("eos_token_id")),
         pad_token_id=config.get("pad_token_id"),
-        **mixture,
+        **_mixture_from_huggingface(config, num_layers),
+        **_gemma_from_huggingface(config),
     )
 
 
@@ -335,7 +464,7 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    if config.model_type in ("llama", "qwen3", "qwen3_moe"):
+    if config.model_type in ATTENTION_BIASES:
         result["attention_bias"] = config.qkv_bias
     if config.model_type == "llama":
         result["mlp_bias"] = config.mlp_bias
@@ -365,7 +494,22 @@ def to_huggingface(config: DecoderConfig, dtype: str) -> dict[str, Any]:
             "use_sliding_window": config.sliding_window is not None,
             "sliding_window": config.sliding_window,
             "max_window_layers": first,
-            "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in config.sliding_layers],
+            "layer_types": [LAYER_KINDS[sliding] for sliding in config.sliding_layers],
+        }
+    if config.model_type in GEMMAS:
+        result |= {
+            "hidden_activation": config.hidden_act,
+            "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim,
+            "attn_logit_softcapping": config.attn_logit_softcapping,
+            "final_logit_softcapping": config.final_logit_softcapping,
+            "sliding_window": config.sliding_window or 4096,  # never null, though no layer may slide
+            "layer_types": [LAYER_KINDS[sliding] for sliding in config.sliding_layers],
+        }
+    if config.model_type == "gemma3_text":
+        sliding = config.sliding_rope or config.rope
+        result |= {
+            "rope_parameters": {"full_attention": rope, "sliding_attention": _rope_to_huggingface(sliding)},
+            "rope_local_base_freq": sliding.theta,
         }
     return result
 
@@ -389,12 +533,15 @@ def holding_biases(config: DecoderConfig, biased: frozenset[str]) -> DecoderConf
         "mistral": not (qkv or output or mlp),
         "mixtral": not (qkv or output or mlp),
         "qwen3_moe": not mlp,
+        "gemma2": not mlp,
+        "gemma3_text": not mlp,
     }[config.model_type]
     if own:
-        both = config.model_type in ("llama", "qwen3", "qwen3_moe") and (qkv or output)
+        both = config.model_type in ATTENTION_BIASES and (qkv or output)
         return config.replace(qkv_bias=qkv or both, output_bias=output or both, mlp_bias=mlp)
     window = config.sliding_window
-    lacks = [("experts", config.num_experts), ("q_norm and k_norm", config.qk_norm)]
+    lacks = [("experts", config.num_experts), ("norms after attention and MLP", config.post_norms)]
+    lacks.append(("q_norm and k_norm", config.qk_norm))
     lacks.append((f"sliding window of {window}", window is not None and window < config.max_position_embeddings))
     reason = next((what for what, there in lacks if there), None)
     if reason:

@@ -20,7 +20,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.mixture import Routing, mixture
 from jaxft.models.rope import rotary_embedding, rotate
 from jaxft.models.sharding import constrain
-from jaxft.weights import Tree, Weight, linear, scan_layers, site, value
+from jaxft.weights import Tree, linear, scan_layers, site, value
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -30,11 +30,12 @@ _ACTIVATIONS = {
 }
 
 
-def rms_norm(x: Float[Array, "... dim"], scale: Weight, epsilon: float) -> Float[Array, "... dim"]:
-    """`x / rms(x) * scale` computed in fp32, returned in the dtype of `x`."""
+def rms_norm(x: Float[Array, "... dim"], norm: Tree, config: DecoderConfig) -> Float[Array, "... dim"]:
+    """`x / rms(x) * (norm_offset + scale)` computed in fp32, returned in the dtype of `x`."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * value(scale, jnp.float32)).astype(x.dtype)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.rms_norm_eps)
+    scale = value(norm["scale"], jnp.float32)
+    return (wide * (config.norm_offset + scale if config.norm_offset else scale)).astype(x.dtype)
 
 
 def project(layer: Tree, name: str, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
@@ -57,31 +58,35 @@ def decoder_block(
 ) -> tuple[Float[Array, "batch seq dim"], Routing | None]:
     """One layer: attention and MLP (or a mixture of experts), each normalised first and added to the residual stream.
 
+    With `post_norms` what is added is normalised, too; sites "attn" and "mlp" stand after that, at what is added.
     With a mixture also where its tokens went; those that are not real (padding) go nowhere.
     """
-    epsilon = config.rms_norm_eps
+
+    def norm(name: str, x: Array) -> Float[Array, "batch seq dim"]:
+        return site(layer, name, rms_norm(x, layer[name], config))
 
     def heads(name: str, normed: Array) -> Float[Array, "batch seq heads head_dim"]:
         y = project(layer, f"attn.{name}", normed)
         return rearrange(y, "batch seq (heads dim) -> batch seq heads dim", dim=config.head_dim)
 
-    normed = site(layer, "attn_norm", rms_norm(x, layer["attn_norm"]["scale"], epsilon))
+    normed = norm("attn_norm", x)
     q, k, v = heads("q", normed), heads("k", normed), heads("v", normed)
     if config.qk_norm:
-        q = rms_norm(q, layer["attn"]["q_norm"]["scale"], epsilon)
-        k = rms_norm(k, layer["attn"]["k_norm"]["scale"], epsilon)
+        q = rms_norm(q, layer["attn"]["q_norm"], config)
+        k = rms_norm(k, layer["attn"]["k_norm"], config)
     mixed = attend(rotate(q, *rope), rotate(k, *rope), v)
     mixed = rearrange(mixed, "batch seq heads dim -> batch seq (heads dim)")
-    x = x + site(layer, "attn", project(layer, "attn.o", mixed))
+    mixed = project(layer, "attn.o", mixed)
+    x = x + site(layer, "attn", norm("post_attn_norm", mixed) if config.post_norms else mixed)
 
-    normed = site(layer, "mlp_norm", rms_norm(x, layer["mlp_norm"]["scale"], epsilon))
+    normed = norm("mlp_norm", x)
     activation, routing = _ACTIVATIONS[config.hidden_act], None
     if config.num_experts:
         mixed, routing = mixture(config, layer, normed, is_real, activation)
     else:
         gated = activation(project(layer, "mlp.gate", normed)) * project(layer, "mlp.up", normed)
         mixed = project(layer, "mlp.down", gated)
-    x = x + site(layer, "mlp", mixed)
+    x = x + site(layer, "mlp", norm("post_mlp_norm", mixed) if config.post_norms else mixed)
     return constrain(site(layer, "block", x), "batch", "sequence", None), routing
 
 
@@ -100,7 +105,11 @@ def run_layers(
 
     Returns the hidden states, the cache, and where a mixture of experts sent its tokens, by layer.
     """
-    rope = rotary_embedding(config, positions)
+    ropes = [
+        rotary_embedding(rope, config.head_dim, config.max_position_embeddings, positions)
+        for rope in (config.rope, config.sliding_rope)
+        if rope is not None
+    ]
     is_real = None if segment_ids is None else segment_ids != 0
     if cache is not None:
         start, cache = cache["length"], _append_tokens(cache, positions, segment_ids)
@@ -113,7 +122,12 @@ def run_layers(
         def attend(q: Array, k: Array, v: Array) -> Array:
             nonlocal kv
             see = functools.partial(
-                attention, positions=positions, segment_ids=segment_ids, implementation=implementation
+                attention,
+                positions=positions,
+                segment_ids=segment_ids,
+                scale=config.attention_scale,
+                softcap=config.attn_logit_softcapping,
+                implementation=implementation,
             )
             if cache is not None:
                 at = (index, 0, start, 0, 0)
@@ -126,8 +140,13 @@ def run_layers(
             windowed = functools.partial(see, sliding_window=config.sliding_window)
             if len(set(config.sliding_layers)) == 1:
                 return windowed(q, k, v)
+            # A window is part of a kernel (a static mask, whose empty blocks it never visits), so a layer runs one of
+            # two. One scan with a branch compiles both once, whatever the depth and the pattern of kinds, and keeps a
+            # single stack of layers; a scan over periods of the pattern would unroll it (five kernels in six alike),
+            # leave a remainder, and cut every stack [L, ...] that methods address by layer.
             return jax.lax.cond(is_sliding, windowed, see, q, k, v)
 
+        rope = ropes[0] if len(ropes) == 1 else jax.tree.map(functools.partial(jnp.where, is_sliding), *ropes[::-1])
         x, routing = decoder_block(config, layer, x, rope, attend, is_real)
         return (x, kv), routing
 

@@ -1,6 +1,7 @@
 """A language model: tokens to hidden states to scores. A batch flows `embed -> layers -> final_norm -> logits`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ class LanguageModel:
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] if segment_ids is None else positions_in_segments(segment_ids)
             positions = positions if cache is None else positions + cache["length"] - cache["prompt"]
-        x = embed(tokens, params["embed"]["embedding"]).astype(dtype)
+        x = self._scaled(embed(tokens, params["embed"]["embedding"]).astype(dtype))
         # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.
         x = constrain(x, "replicas", "sequence", "embed")
         x = constrain(site(params, "embed", x), "batch", "sequence", None)
@@ -76,12 +77,13 @@ class LanguageModel:
         length = 0 if prompt is None else prompt.shape[0]
         positions = positions + length
         if prompt is not None and cache is None:
+            prompt = self._scaled(prompt.astype(dtype))
             x, positions, segment_ids = _prepend(prompt, x, positions, segment_ids)
         x, cache, routed = run_layers(
             config, params["layers"], x, positions, segment_ids, remat=remat, implementation=attention, cache=cache
         )
         x = x if cache is not None else x[:, length:]
-        x = site(params, "final_norm", rms_norm(x, params["final_norm"]["scale"], config.rms_norm_eps))
+        x = site(params, "final_norm", rms_norm(x, params["final_norm"], config))
         if routing:
             return x, routed
         return x if cache is None else (x, cache)
@@ -97,7 +99,16 @@ class LanguageModel:
         head = params.get("head", {})
         scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
         scores = (constrain(scores, *layout, "vocab") if divided else scores).astype(jnp.float32)
-        return scores + value(head["bias"], jnp.float32) if "bias" in head else scores
+        scores = scores + value(head["bias"], jnp.float32) if "bias" in head else scores
+        cap = self.config.final_logit_softcapping
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+    def _scaled(self, embeddings: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+        """Embeddings as the layers read them. The factor is rounded to the compute dtype, as in transformers; virtual
+        tokens take it too, being rows like those of the table."""
+        if not self.config.scale_embeddings:
+            return embeddings
+        return embeddings * jnp.asarray(math.sqrt(self.config.hidden_size), embeddings.dtype)
 
     def init_cache(self, params: Tree, batch: int, length: int, *, dtype: Any = jnp.float32) -> Any:
         """An empty key/value cache for `length` tokens in each of `batch` rows, to be passed to `hidden`.
@@ -117,7 +128,7 @@ class LanguageModel:
             "prompt": jnp.asarray(held, jnp.int32),
         }
         if prompt is not None:
-            x = jnp.broadcast_to(prompt.astype(dtype), (batch, *prompt.shape))
+            x = jnp.broadcast_to(self._scaled(prompt.astype(dtype)), (batch, *prompt.shape))
             segment_ids = jnp.full((batch, held), PROMPT_SEGMENT, jnp.int32)
             _, filled, _ = run_layers(config, params["layers"], x, jnp.arange(held)[None], segment_ids, cache=cache)
             return filled
@@ -129,7 +140,7 @@ def _prepend(prompt: Array, x: Array, positions: Array, segment_ids: Array | Non
     batch, seq, _ = x.shape
     held = prompt.shape[0]
     segment_ids = jnp.ones((batch, seq), jnp.int32) if segment_ids is None else segment_ids
-    x = jnp.concatenate([jnp.broadcast_to(prompt.astype(x.dtype), (batch, *prompt.shape)), x], axis=1)
+    x = jnp.concatenate([jnp.broadcast_to(prompt, (batch, *prompt.shape)), x], axis=1)
     in_front = jnp.broadcast_to(jnp.arange(held), (positions.shape[0], held))
     positions = jnp.concatenate([in_front, positions], axis=1)
     in_front = jnp.full((batch, held), PROMPT_SEGMENT, segment_ids.dtype)

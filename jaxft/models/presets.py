@@ -1,8 +1,12 @@
 """Shapes of well-known models, from their published config.json. Weights are not part of a preset.
 
 Sources: the config.json of meta-llama/Llama-2-*, Meta-Llama-3-*, Llama-3.1-*, Llama-3.2-*, mistralai/Mistral-*,
-mistralai/Mixtral-*, Qwen/Qwen2.5-* and Qwen/Qwen3-* on huggingface.co.
+mistralai/Mixtral-*, Qwen/Qwen2.5-*, Qwen/Qwen3-*, google/gemma-2-* and google/gemma-3-* on huggingface.co (those of
+Gemma 3 checked against transformers' models/gemma3/convert_gemma3_weights.py).
 """
+
+import functools
+from typing import Any
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.models.config import DecoderConfig, RopeConfig
@@ -169,6 +173,72 @@ def _qwen3_moe(hidden: int, intermediate: int, expert: int, layers: int, heads: 
     )
 
 
+def _gemma(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    period: int,
+    window: int,
+    scalar: int = 256,
+    head_dim: int = 256,
+    **fields: Any,
+) -> DecoderConfig:
+    """All layers but every `period`-th see a window."""
+    return DecoderConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-6,
+        hidden_act="gelu_pytorch_tanh",
+        norm_offset=1.0,
+        post_norms=True,
+        scale_embeddings=True,
+        query_pre_attn_scalar=scalar,
+        sliding_window=window,
+        sliding_layers=tuple((layer + 1) % period > 0 for layer in range(layers)),
+        tie_embeddings=True,
+        bos_token_id=2,
+        eos_token_ids=(1,),
+        pad_token_id=0,
+        **fields,
+    )
+
+
+_gemma2 = functools.partial(
+    _gemma,
+    model_type="gemma2",
+    vocab_size=256000,
+    max_position_embeddings=8192,
+    period=2,
+    window=4096,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
+_gemma3_text = functools.partial(
+    _gemma,
+    model_type="gemma3_text",
+    vocab_size=262144,
+    max_position_embeddings=32768,
+    period=6,
+    window=512,
+    qk_norm=True,
+    rope=RopeConfig(theta=1000000.0),
+    sliding_rope=RopeConfig(theta=10000.0),
+)
+_gemma3 = functools.partial(  # the language model of those that read images: 64 tokens more, none of them of text
+    _gemma3_text,
+    vocab_size=262208,
+    max_position_embeddings=131072,
+    window=1024,
+    rope=RopeConfig(theta=1000000.0, type="linear", factor=8.0),
+)
+
 PRESETS: dict[str, DecoderConfig] = {
     "llama2-7b": _llama2(4096, 11008, 32, 32, 32),
     "llama2-13b": _llama2(5120, 13824, 40, 40, 40),
@@ -200,6 +270,14 @@ PRESETS: dict[str, DecoderConfig] = {
     "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 768, 48, 32, 4),
     "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 1536, 94, 64, 4),
     "mixtral-8x7b": _MIXTRAL_8X7B,
+    "gemma2-2b": _gemma2(2304, 9216, 26, 8, 4),
+    "gemma2-9b": _gemma2(3584, 14336, 42, 16, 8),
+    "gemma2-27b": _gemma2(4608, 36864, 46, 32, 16, head_dim=128, scalar=144),
+    "gemma3-270m": _gemma3_text(640, 2048, 18, 4, 1),
+    "gemma3-1b": _gemma3_text(1152, 6912, 26, 4, 1),
+    "gemma3-4b": _gemma3(2560, 10240, 34, 8, 4),
+    "gemma3-12b": _gemma3(3840, 15360, 48, 16, 8),
+    "gemma3-27b": _gemma3(5376, 21504, 62, 32, 16, head_dim=128, scalar=168),
 }
 
 

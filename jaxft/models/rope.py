@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxft.models.config import DecoderConfig, RopeConfig, yarn_attention_factor
+from jaxft.models.config import RopeConfig, yarn_attention_factor
 
 
 def _default(theta: float, head_dim: int) -> np.ndarray:
@@ -39,16 +39,15 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rotary_embedding(
-    config: DecoderConfig, positions: Int[Array, "batch seq"]
+    rope: RopeConfig, head_dim: int, limit: int, positions: Int[Array, "batch seq"]
 ) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
     """cos and sin of the angle of each position and channel pair, in fp32, `half = head_dim / 2`.
 
-    `dynamic` (NTK-aware) scaling depends on the longest position of the batch once that exceeds
-    `max_position_embeddings`, as in transformers; up to there it is the identity.
+    `dynamic` (NTK-aware) scaling depends on the longest position of the batch once that exceeds `limit`, the
+    `max_position_embeddings` of the model, as in transformers; up to there it is the identity.
     """
-    rope, head_dim, attention_factor = config.rope, config.head_dim, 1.0
+    attention_factor = 1.0
     if rope.type == "dynamic":
-        limit = config.max_position_embeddings
         length = jnp.maximum(jnp.max(positions) + 1, limit).astype(jnp.float32)
         stretch = rope.factor * length / limit - (rope.factor - 1)
         theta = rope.theta * stretch ** (head_dim / (head_dim - 2))

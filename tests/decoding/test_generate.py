@@ -32,7 +32,7 @@ def continued_by_transformers(name, prompt, count, eos):
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2-windows", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2-windows", "qwen3", "qwen3-moe", "gemma2", "gemma3"])
 def test_greedy_is_that_of_transformers(name):
     model, params = load(name)
     count = CHUNK + 3  # more than one chunk, and further than the windows reach

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jaxft.errors import JaxftError
 from jaxft.hub import load as load_module
 from jaxft.hub import load_model, load_pretrained, load_tokenizer
-from tests.tiny_models import checkpoint, torch_model
+from tests.tiny_models import checkpoint, gemma_with_images, torch_logits, torch_model
 
 
 @pytest.fixture
@@ -130,6 +130,25 @@ def test_what_may_be_ignored_is(copy):
     rewrite(lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
     with pytest.raises(JaxftError, match='lm_head.weight differs from .* "tie_word_embeddings": false'):
         load_pretrained(directory, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("spelling", ["hub", "transformers"])
+def test_the_language_model_of_one_that_reads_images_is_loaded(spelling, tmp_path):
+    """As the hub names its tensors (`language_model.model...`), and as transformers 5 does inside."""
+    whole = gemma_with_images()
+    whole.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    names = load_file(file) if spelling == "hub" else {k: v.numpy() for k, v in whole.state_dict().items()}
+    names.pop("lm_head.weight", None)  # tied
+    prefix = {"hub": "language_model.model.", "transformers": "model.language_model."}[spelling]
+    assert any(name.startswith(prefix) for name in names) and any("vision_tower" in name for name in names)
+    save_file(names, file, metadata={"format": "pt"})
+    model, params = load_pretrained(tmp_path, dtype=jnp.float32)
+    assert model.config.model_type == "gemma3_text" and model.config.num_layers == 3
+    tokens = np.random.default_rng(0).integers(3, 90, (2, 12))
+    expected = torch_logits(whole, tokens)
+    logits = model.logits(params, model.hidden(params, jnp.asarray(tokens)))
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_a_wrong_shape_is_named(copy):

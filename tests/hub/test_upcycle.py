@@ -26,7 +26,7 @@ def test_an_upcycled_model_computes_what_the_dense_one_did(tmp_path):
 
 
 def test_what_mixtral_cannot_hold_is_refused(tmp_path):
-    with pytest.raises(JaxftError, match="a qwen3 with biases, q_norm or mixed windows cannot become a mixtral"):
+    with pytest.raises(JaxftError, match="a qwen3 with biases, q_norm, .* cannot become a mixtral"):
         upcycle(checkpoint("qwen3"), tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
 

@@ -44,8 +44,9 @@ def test_merged_weights_compute_the_tuned_forward_pass(biased):
     np.testing.assert_allclose(hidden(model, merged), want, rtol=1e-4, atol=1e-5)
 
 
-def test_what_no_weight_can_hold_stays_at_its_site():
-    tuned = noised(ssf(on="final_norm|attn.o").init(KEY, params(), Probe()))
+@pytest.mark.parametrize("shift", [False, True])
+def test_what_no_weight_can_hold_stays_at_its_site(shift):
+    tuned = noised(ssf(on="final_norm|attn.o", shift=shift).init(KEY, params(), Probe()))
     merged = merge(tuned)
     assert unmerged_sites(merged) == ["final_norm"]
     np.testing.assert_allclose(hidden(MODEL, merged), hidden(MODEL, combine(tuned)), rtol=1e-4, atol=1e-5)

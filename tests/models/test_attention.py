@@ -16,17 +16,17 @@ def inputs(batch=2, seq=128, heads=4, kv_heads=2, dim=16, dtype=jnp.float32):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def reference(q, k, v, segment_ids, sliding_window, softcap):
+def reference(q, k, v, segment_ids, sliding_window, softcap, scale=0.25):
     """The definition, one head and one query at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    batch, seq, heads, dim = q.shape
+    batch, seq, heads, _ = q.shape
     out = np.zeros(q.shape)
     for b, h, t in np.ndindex(batch, heads, seq):
         head = h // (heads // k.shape[2])
         first = 0 if sliding_window is None else max(0, t - sliding_window + 1)
         seen = [s for s in range(first, t + 1) if segment_ids[b, s] == segment_ids[b, t] != 0]
         if seen:
-            scores = k[b, seen, head] @ q[b, t, h] / np.sqrt(dim)
+            scores = k[b, seen, head] @ q[b, t, h] * scale
             scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
             out[b, t, h] = weights / weights.sum() @ v[b, seen, head]
@@ -50,8 +50,8 @@ def positions_of(segments):
 
 
 @pytest.mark.parametrize("sliding_window", [None, 4])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_xla_is_the_definition(sliding_window, softcap):
+@pytest.mark.parametrize(("softcap", "scale"), [(None, None), (2.0, None), (2.0, 0.4)])
+def test_xla_is_the_definition(sliding_window, softcap, scale):
     q, k, v = inputs(seq=24)
     segments = packed(2, 24)
     out = attention(
@@ -61,14 +61,18 @@ def test_xla_is_the_definition(sliding_window, softcap):
         positions=positions_of(segments),
         segment_ids=segments,
         sliding_window=sliding_window,
+        scale=scale,
         softcap=softcap,
         implementation="xla",
     )
-    np.testing.assert_allclose(out, reference(q, k, v, segments, sliding_window, softcap), atol=1e-5)
+    np.testing.assert_allclose(out, reference(q, k, v, segments, sliding_window, softcap, scale or 0.25), atol=1e-5)
 
 
-@pytest.mark.parametrize(("sliding_window", "softcap", "kv_heads"), [(None, None, 2), (40, None, 1), (None, 5.0, 4)])
-def test_splash_equals_xla_in_values_and_gradients(sliding_window, softcap, kv_heads):
+@pytest.mark.parametrize(
+    ("sliding_window", "softcap", "scale", "kv_heads"),
+    [(None, None, None, 2), (40, None, None, 1), (None, 5.0, 0.1, 4)],
+)
+def test_splash_equals_xla_in_values_and_gradients(sliding_window, softcap, scale, kv_heads):
     q, k, v = inputs(kv_heads=kv_heads)
     segments = packed(2, 128)
     real = (segments > 0)[:, :, None, None]
@@ -82,6 +86,7 @@ def test_splash_equals_xla_in_values_and_gradients(sliding_window, softcap, kv_h
                 positions=positions_of(segments),
                 segment_ids=segments,
                 sliding_window=sliding_window,
+                scale=scale,
                 softcap=softcap,
                 implementation=implementation,
             )

@@ -44,7 +44,7 @@ def test_logits_equal_transformers(name):
     assert close(logits(model, params, TOKENS), torch_logits(torch_model(name), TOKENS))
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2-windows", "llama3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2-windows", "llama3", "gemma3"])
 @pytest.mark.parametrize("prompted", [False, True])
 def test_packed_rows_mean_what_their_segments_mean_apart(name, prompted):
     model, params = load(name)
@@ -80,7 +80,7 @@ def test_padding_has_no_influence_and_no_gradient():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2-windows"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2-windows", "gemma3"])
 @pytest.mark.parametrize("prompted", [False, True])
 def test_a_cache_changes_nothing(name, prompted):
     model, params = load(name)
@@ -153,7 +153,7 @@ def test_params_tree_is_the_documented_one():
     }
 
 
-@pytest.mark.parametrize("name", ["llama-tied-biased", "qwen3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-tied-biased", "qwen3", "qwen2", "gemma3"])
 def test_logical_axes_name_every_dimension(name):
     model = load(name)[0]
     config = model.config

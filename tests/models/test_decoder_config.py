@@ -58,6 +58,14 @@ def test_both_spellings_of_rotary_parameters():
         ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
         ({"quantization_config": {"bits": 4}}, "quantised checkpoints are not supported"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "gemma2", "sliding_window": None}, "sliding_window of a gemma2 model is null"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 0}, "attn_logit_softcapping is 0: expected more than 0"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "transformers reads it but does not apply it"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "only causal attention"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"factor": 8.0}},
+            "holds factor: expected full_attention",
+        ),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 3},
             "chunked_attention",
@@ -78,6 +86,11 @@ def test_windows_by_layer():
     assert from_huggingface({**qwen, "layer_types": types}).sliding_layers == (True, False, False)
     mistral = from_huggingface({**LLAMA, "model_type": "mistral", "sliding_window": 8})
     assert mistral.sliding_layers == (True, True, True)
+    gemma = from_huggingface({**LLAMA, "model_type": "gemma3_text", "sliding_window_pattern": 2})
+    assert gemma.sliding_layers == (True, False, True) and gemma.sliding_rope.theta == 10000.0
+    alike = from_huggingface({**LLAMA, "model_type": "gemma3_text", "sliding_window_pattern": 1})
+    assert alike.sliding_window is None and alike.sliding_rope is None
+    assert from_huggingface(to_huggingface(alike, "float32")) == alike
 
 
 def test_biases_go_where_the_model_type_can_hold_them():
@@ -95,6 +108,10 @@ def test_biases_go_where_the_model_type_can_hold_them():
     assert held({**mistral, "sliding_window": None}, "attn.o") == ("llama", True, True, False)
     with pytest.raises(JaxftError, match="mistral cannot hold biases on attn.o, and llama, .* sliding window of 8"):
         held({**mistral, "sliding_window": 8}, "attn.o")
+    gemma2 = {"model_type": "gemma2"}
+    assert held(gemma2, "attn.q") == ("gemma2", True, True, False)
+    with pytest.raises(JaxftError, match="gemma2 cannot hold biases on mlp.up, .* norms after attention and MLP"):
+        held(gemma2, "mlp.up")
     with pytest.raises(JaxftError, match="qwen3 cannot hold biases on mlp.up, .* q_norm"):
         held(qwen3, "mlp.up")
     with pytest.raises(JaxftError, match="bias on head"):
@@ -129,14 +146,54 @@ PUBLISHED_SIZES = {
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
     "mixtral-8x7b": 46_702_792_704,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 4_300_079_472,
+    "gemma3-12b": 12_187_325_040,
+    "gemma3-27b": 27_432_406_640,
 }
+READS_IMAGES = ("gemma3-4b", "gemma3-12b", "gemma3-27b")
+
+
+def vision(hidden_size):
+    """The parameters of what reads images: SigLIP of 27 layers of width 1152, and a norm and a matrix out of it."""
+    width, inner, patches = 1152, 4304, 64 * 64
+    layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+    return (3 * 14 * 14 + 1 + patches) * width + 27 * layer + 2 * width + width * hidden_size + width
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZES)
 def test_presets_have_the_published_number_of_parameters(name):
     """The figures are the parameter counts of the safetensors files on the hub."""
     leaves = jax.tree.leaves(LanguageModel(preset(name)).abstract())
-    assert sum(math.prod(leaf.shape) for leaf in leaves) == PUBLISHED_SIZES[name]
+    other = vision(preset(name).hidden_size) if name in READS_IMAGES else 0
+    assert sum(math.prod(leaf.shape) for leaf in leaves) + other == PUBLISHED_SIZES[name]
+
+
+@pytest.mark.parametrize(("name", "layers", "window"), [("gemma3-4b", 34, 1024), ("gemma3-12b", 48, 1024)])
+def test_a_language_model_inside_another_is_described(name, layers, window):
+    """The configs of these models name what differs from the defaults of transformers only."""
+    shapes = preset(name)
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": shapes.hidden_size,
+        "intermediate_size": shapes.intermediate_size,
+        "num_attention_heads": shapes.num_heads,
+        "num_key_value_heads": shapes.num_kv_heads,
+        "num_hidden_layers": layers,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": window,
+    }
+    outer = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}
+    found = from_huggingface(outer)
+    assert found == shapes.replace(eos_token_ids=(1, 106))
+    theirs = transformers.Gemma3Config(text_config=dict(text)).text_config
+    assert from_huggingface(theirs.to_dict()) == shapes
+    with pytest.raises(JaxftError, match="config.json of a gemma3 model lacks text_config"):
+        from_huggingface({"model_type": "gemma3"})
 
 
 def test_presets_survive_export_and_have_a_nearest_name():

@@ -23,11 +23,11 @@ def ssf(on: str = "@linear|layers.attn_norm|layers.mlp_norm", shift: bool = True
     """A trained scale and shift per channel after every operation of a layer.
 
     y = gamma * f(x) + beta, gamma `[L, d]` one and beta `[L, d]` zero at the start, after each selected projection and
-    norm f. `merge` folds them away: W' = W gamma, b' = b gamma + beta after a projection; after a norm gamma goes into
-    its scale and beta into the biases of the projections that read it.
+    norm f. `merge` folds them away: W' = W gamma, b' = b gamma + beta after a projection; after a norm both go into
+    the projections that read it, W' = gamma W, b' = b + beta W.
 
     Notes:
-        The final norm is not in the default selection: its shift could only be folded into a bias of the head.
+        The final norm is not in the default selection: only the head reads it, which may be tied and has no bias.
 
     Args:
         on: selector of the projections (kernels) and norms (scales) that are followed by a scale and shift.
@@ -55,13 +55,14 @@ def ssf(on: str = "@linear|layers.attn_norm|layers.mlp_norm", shift: bool = True
 def fold_scale_shift(home: dict, name: str, module: ScaleShift, consumers: tuple[str, ...]) -> dict:
     """The weights of one scope (a stack of layers or the top level) with the module after `name` folded into them."""
     own = _get(home, name)
-    if "scale" in own and "kernel" not in own:
-        home = _set(home, f"{name}.scale", own["scale"] * module.scale)
-        for reader in consumers if module.shift is not None else ():
+    if "kernel" not in own:  # a norm, whose scale may mean a factor or what is added to one: its readers know neither
+        for reader in consumers:
             if (kernel := _get(home, reader).get("kernel")) is None:
                 continue
-            pushed = jnp.einsum("...i,...io->...o", _beside(module.shift, kernel), kernel)
-            home = _set(home, f"{reader}.bias", _get(home, reader).get("bias", 0) + pushed)
+            home = _set(home, f"{reader}.kernel", kernel * _beside(module.scale, kernel)[..., None])
+            if module.shift is not None:
+                pushed = jnp.einsum("...i,...io->...o", _beside(module.shift, kernel), kernel)
+                home = _set(home, f"{reader}.bias", _get(home, reader).get("bias", 0) + pushed)
         return home
     home = _set(home, f"{name}.kernel", own["kernel"] * jnp.expand_dims(_beside(module.scale, own["kernel"]), -2))
     bias = own["bias"] * _beside(module.scale, own["kernel"]) if "bias" in own else None
