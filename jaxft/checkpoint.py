@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jaxft.distributed import ProcessError, barrier, from_first, gather, in_step
 from jaxft.errors import JaxftError
+from jaxft.weights.memory import fetch, in_host_memory
 
 FORMAT = 1
 logger = logging.getLogger(__name__)
@@ -156,8 +157,10 @@ def checksums(tree: PyTree) -> dict[str, str]:
     sums = {}
     for name, x in leaves.items():
         if x.size:
-            sums[name] = _checksum(jax.random.key_data(x) if _is_key(x) else x)
-            if jax.process_count() > 1:  # programs in flight together may run in another order on another process (CPU)
+            sums[name] = _checksum(jax.random.key_data(x) if _is_key(x) else fetch(x))
+            # Programs in flight together may run in another order on another process (CPU), and what is fetched from
+            # host memory should be on the device one at a time.
+            if jax.process_count() > 1 or in_host_memory(x):
                 jax.block_until_ready(sums[name])
     values = jax.device_get(sums)
     return {name: f"{int(values[name][0]):08x}{int(values[name][1]):08x}" if name in values else "" for name in leaves}

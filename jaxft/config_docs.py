@@ -50,7 +50,7 @@ output: outputs/run
 - **Paths.** A relative `path` in `model`, `data` and `evaluation` is looked for beside the configuration file first,
   then in the current directory. `output` is relative to the current directory.
 - **Resuming.** The same command goes on with an interrupted run. A key that changes the numbers of the run may not
-  differ then; `output`, `logging`, `checkpoint`, `mesh` and `training.profile` may.
+  differ then; `output`, `logging`, `checkpoint`, `mesh`, `training.offload` and `training.profile` may.
 """
 
 

@@ -51,14 +51,20 @@ def plan(
     typer.echo(json.dumps(found.record(), indent=2) if as_json else _text(found))
 
 
+def _by_purpose(gib: dict[str, float]) -> list[str]:
+    return [f"    {size:8.2f}  {PURPOSES[name]}" for name, size in gib.items() if size >= 0.005]
+
+
 def _text(plan: "Plan") -> str:
     """The report that people read."""
     verdict = "fits" if plan.fits else "does not fit"
+    in_host = sum(plan.host_gib.values())
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     lines = [
         f"{plan.method} on {plan.topology} ({plan.num_chips} chips, mesh {mesh}): {verdict}",
         f"  {plan.hbm_gib_per_chip:.2f} GiB a chip of {plan.hbm_gib_available:.2f}",
-        *(f"    {size:8.2f}  {PURPOSES[name]}" for name, size in plan.memory_gib.items() if size >= 0.005),
+        *_by_purpose(plan.memory_gib),
+        *([f"  {in_host:.2f} GiB a chip in host memory", *_by_purpose(plan.host_gib)] if in_host >= 0.005 else []),
         f"  {plan.trained_parameters:,} of {plan.parameters:,} parameters train",
         f"  {plan.tokens_per_step:,} tokens a step",
         f"  compiled in {plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} s of CPU time)",

@@ -155,6 +155,7 @@ def abstract_run(config: Any, model: Any, mesh: Any, report: Any = None) -> tupl
         probe=shape_probe(loss_of(config, model), config),
         precision=Precision(settings.param_dtype, settings.frozen_dtype, settings.compute_dtype),
         report=report,
+        offload=training.offload,
     )
 
 

@@ -31,6 +31,7 @@ from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.state import shardings_of, tuned_of
 from jaxft.training.step import make_train_step
 from jaxft.weights import LowRank, SiteModule, Split, is_node
+from jaxft.weights.memory import HOST_MEMORY
 
 Tree = Any
 
@@ -72,11 +73,12 @@ class Plan:
     fits: whether the program fits the memory of a chip. hbm_gib_per_chip: arguments, results that are not written in
     place, and temporaries; where the compiler gave up for lack of memory, what it would have needed.
     memory_gib: the same by purpose: trained, frozen, optimizer, batch, results, temporaries (activations, gradients,
-    gathered weights). compile_cpu_seconds: of all cores, what `compile_seconds` depends on besides the machine's load.
-    flops_per_step, flops_ratio: what the compiled step computes, and that over `model_flops`; None
-    where it did not compile. model_flops: the least the method needs: forward, gradients of activations, gradients of
-    the weights that train, and what `remat` recomputes. collective_share_overlapped: of the bytes, those sent while
-    matrix products run. advice: what to change, best first; empty if it fits.
+    gathered weights). host_gib: what waits in host memory for one chip, by purpose. compile_cpu_seconds: of all cores,
+    what `compile_seconds` depends on besides the machine's load. flops_per_step, flops_ratio: what the compiled step
+    computes, and that over `model_flops`; None where it did not compile. model_flops: the least the method needs:
+    forward, gradients of activations, gradients of the weights that train, and what `remat` recomputes.
+    collective_share_overlapped: of the bytes, those sent while matrix products run. advice: what to change, best
+    first; empty if it fits.
     """
 
     topology: str
@@ -90,6 +92,7 @@ class Plan:
     hbm_gib_per_chip: float
     hbm_gib_available: float
     memory_gib: dict[str, float]
+    host_gib: dict[str, float]
     compile_seconds: float
     compile_cpu_seconds: float
     flops_per_step: float | None
@@ -262,10 +265,12 @@ def needed_bytes(message: str, held: int) -> int | None:
     return None
 
 
-def shard_bytes(tree: Tree) -> int:
-    """Bytes of the arrays of an abstract tree that one device holds."""
+def shard_bytes(tree: Tree, *, host: bool = False) -> int:
+    """Bytes of the arrays of an abstract tree that one device holds, or that wait for it in host memory."""
     total = 0
     for a in jax.tree.leaves(tree):
+        if (a.sharding.memory_kind == HOST_MEMORY) != host:
+            continue
         itemsize = 8 if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.dtype(a.dtype).itemsize
         total += math.prod(a.sharding.shard_shape(a.shape)) * itemsize
     return total
@@ -284,6 +289,11 @@ def read_plan(
         "optimizer": shard_bytes(compiled.state.opt_state),
         "batch": shard_bytes(compiled.batch),
     }
+    host = {
+        "frozen": shard_bytes(compiled.frozen, host=True),
+        "optimizer": shard_bytes(compiled.state.opt_state, host=True),
+        "temporaries": 0,
+    }
     held = sum(memory.values())
     useful = model_flops(model.config, tuned, rows, seq_len, "none")
     least = model_flops(model.config, tuned, rows, seq_len, config.model.remat)
@@ -296,6 +306,7 @@ def read_plan(
         stats = compiled.step.memory_analysis()
         results = stats.output_size_in_bytes - stats.alias_size_in_bytes
         needed = stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
+        host["temporaries"] = stats.host_temp_size_in_bytes
         memory |= {"results": results, "temporaries": stats.temp_size_in_bytes}
         costs = hlo.costs(
             hlo.parse(compiled.step.as_text()),
@@ -325,6 +336,7 @@ def read_plan(
         hbm_gib_per_chip=needed / GIB,
         hbm_gib_available=available / GIB,
         memory_gib={name: size / GIB for name, size in memory.items()},
+        host_gib={name: size / GIB for name, size in host.items()},
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,
         flops_per_step=flops,
@@ -515,6 +527,7 @@ def estimate(
             "matrix products at peak; weights are read once a pass, optimizer state read and written once",
             "collectives use both directions of one ring of links, and those the compiler overlaps with matrix "
             "products cost nothing unless they take longer than those",
+            "copies to and from host memory cost nothing",
             "between slices, the exchange of gradients is not overlapped and runs at "
             f"{NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s a chip",
         ),
@@ -562,6 +575,11 @@ def advice(
             propose(memory["optimizer"] / 4, "training.optimizer.moment_dtype=bfloat16: a smaller first moment")
         half = (memory["trained"] + memory["optimizer"]) / 2
         propose(half, "model.param_dtype=bfloat16: masters and moments of half the size, updates are rounded")
+    offload = config.training.offload
+    for name, what in (("optimizer", "optimizer's state"), ("frozen", "frozen layers")):
+        if name not in offload:
+            setting = "[" + ", ".join([*offload, name]) + "]"
+            propose(memory[name] * 0.8, f"training.offload={setting}: keep the {what} in host memory")
     names = [m["name"] for m in config.method]
     if "full" in names:
         propose((weights - memory["frozen"]) / 2, "method=hft: half of the parameters train, the rest has no moments")

@@ -20,6 +20,7 @@ from jaxft.distributed.mesh import BATCH_AXES, MeshError, data_partition
 from jaxft.errors import JaxftError, nearest
 from jaxft.partition import Tuned, combine, key_name
 from jaxft.weights import is_node, specs
+from jaxft.weights.memory import HOST_MEMORY
 
 Tree = Any
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -204,6 +205,20 @@ def optimizer_shardings(opt_state: Tree, trainable: Tree, shardings: Tree, mesh:
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def in_host_memory(tree: Tree, shardings: Tree, stacked: tuple[str, ...] | None = None) -> Tree:
+    """`shardings` with the matrices of `tree` in host memory; vectors and scalars stay on the device.
+
+    With `stacked`, only matrices with a layer axis below these first names of a path (`Roles.stacked`), which a scan
+    over layers brings to the device one by one.
+    """
+
+    def place(keys: tuple, a: Any, sharding: NamedSharding) -> NamedSharding:
+        is_matrix = a.ndim >= 2 if stacked is None else a.ndim >= 3 and key_name(keys[0]) in stacked
+        return sharding.with_memory_kind(HOST_MEMORY) if is_matrix else sharding
+
+    return jax.tree_util.tree_map_with_path(place, tree, shardings)
 
 
 def shard_tree(tree: Tree, shardings: Tree) -> Tree:

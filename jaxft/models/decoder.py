@@ -20,7 +20,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.mixture import Routing, mixture
 from jaxft.models.rope import rotary_embedding, rotate
 from jaxft.models.sharding import constrain
-from jaxft.weights import Tree, linear, scan_layers, site, value
+from jaxft.weights import Tree, fetch_layer, linear, scan_layers, site, value
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -116,6 +116,7 @@ def run_layers(
 
     def block(carry: tuple[Array, Any], layer: Tree, xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Any]:
         x, kv = carry
+        layer = fetch_layer(layer)
         x = checkpoint_name(x, _LAYER_INPUT)
         index, is_sliding = xs
 

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -79,6 +79,7 @@ from jaxft.training.report import Report, report_markdown
 from jaxft.training.state import TrainState, abstract, init_state, lay_out, parameters, shardings_of, tuned_of
 from jaxft.training.step import Schedule, TrainStep, make_train_step
 from jaxft.weights import materialize
+from jaxft.weights.memory import fetch
 
 logger = logging.getLogger(__name__)
 _FRESH = 2**31 - 2  # the stream of random numbers of fresh weights
@@ -111,6 +112,12 @@ class TrainingConfig(BaseModel):
     clip_norm: float | None = Field(1.0, gt=0, description="Largest global norm of the gradient; null: no clipping.")
     z_loss: float = Field(
         0.0, ge=0, description="Weight of the squared log-partition, which keeps logits from drifting."
+    )
+    offload: list[Literal["optimizer", "frozen"]] = Field(
+        default_factory=list,
+        description="What waits in host memory: `optimizer`, the optimizer's state, fetched and stored parameter by "
+        "parameter at every update; `frozen`, the frozen matrices of layers, fetched layer by layer. Less memory of "
+        "the device for transfers in every step; on a CPU it is the same memory, and nothing is gained.",
     )
     profile: ProfileConfig | None = Field(None, description="Trace some steps with the JAX profiler; null: none.")
 
@@ -338,6 +345,7 @@ def start(job: Job, method: Method, params: PyTree, *, donate: bool = False) -> 
         probe=job.probe,
         precision=job.precision,
         donate=donate,
+        offload=job.config.training.offload,
     )
 
 
@@ -360,7 +368,7 @@ def short_run(job: Job, batches: TrainBatches, params: PyTree, method: Method, s
     train_step = make_step(job, method, state)
     for _, batch in zip(range(steps), batches, strict=False):
         state, _ = train_step(state, frozen, shard_batch(batch, job.mesh))
-    return materialize(parameters(state, frozen))
+    return materialize(fetch(parameters(state, frozen)))
 
 
 # Running
@@ -501,7 +509,8 @@ def from_checkpoint(job: Job, run: RunDirectory, checkpointer: Checkpointer) -> 
 def laid_out(job: Job, tuned: Tuned) -> tuple[TrainState, PyTree]:
     """The abstract state and frozen half of an abstract cut, where the run would have put them."""
     key, axes = jax.random.key(job.config.seed), job.model.logical_axes()
-    return lay_out(tuned, job.method, job.optimizer, key, job.mesh, logical_axes=axes)
+    offload = job.config.training.offload
+    return lay_out(tuned, job.method, job.optimizer, key, job.mesh, logical_axes=axes, offload=offload)
 
 
 def from_checkpoint_on_base(
@@ -633,6 +642,7 @@ def update(
     places = shardings_of((state, frozen))
     rng = jax.random.fold_in(jax.random.fold_in(state.rng, _UPDATES), step)
     signals = Signals(loss, gradients, job.probe, donate=True, optimizer=optimizer)
+    state, frozen = fetch((state, frozen))
     tuned, opt_state = method.update(rng, tuned_of(state, frozen), state.opt_state, signals, step)
     state = state._replace(trainable=tuned.trainable, opt_state=opt_state, method_state=tuned.state)
     return shard_tree((state, tuned.frozen), places)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxft.errors import nearest
 from jaxft.partition import DECODER_ROLES, Roles, key_name
+from jaxft.weights.memory import fetch
 
 Tree = Any
 Schedule = Callable[[Any], Any]
@@ -31,7 +32,12 @@ _RANGES = {
     **dict.fromkeys(("b1", "b2", "b3", "decay", "momentum"), (0.0, 1.0)),
     **dict.fromkeys(("eps", "eps_root", "weight_decay", "weight_decay_rate"), (0.0, math.inf)),
 }
-_MOMENT_DTYPES = ("mu_dtype", "accumulator_dtype", "dtype_momentum", "state_dtype")
+_DTYPES = ("mu_dtype", "accumulator_dtype", "dtype_momentum", "state_dtype")  # what `*moment_dtype` is here
+# The fields of the states of optax that hold running means of gradients, and of their squares.
+_FIRST_MOMENTS = ("mu", "m", "m1", "m2", "trace", "ema", "exp_avg")
+_SECOND_MOMENTS = ("nu", "nu_max", "n", "exp_avg_sq", "e_g", "v_row", "v_col", "v")
+_MOMENT_CHOICES = ("float32", "bfloat16")
+_SLOWEST_DECAY = 0.99  # of a bfloat16 number: from 0.997 on rounding undoes it (8 significant bits)
 
 
 def _functions(*modules: Any) -> dict[str, Callable]:
@@ -196,7 +202,14 @@ class OptimizerConfig(BaseModel):
     name: str = Field("adamw", description="adamw, sgd, lion, adafactor, muon, schedule_free_adamw, ...")
     decay_vectors: bool = Field(False, description="Whether weight decay applies to norm scales and biases too.")
     moment_dtype: str | None = Field(
-        None, description="Dtype of the (first) moment; null: that of the trained parameters, float32 by default."
+        None,
+        description="Dtype in which the first moment (momentum) is kept, float32 or bfloat16; null: that of the "
+        "trained parameters, float32 by default. Updates are computed in float32.",
+    )
+    second_moment_dtype: str | None = Field(
+        None,
+        description="The same for the second moment. bfloat16 needs a `b2` of at most 0.99: it has no numbers close "
+        "enough for a slower decay.",
     )
 
     @model_validator(mode="before")
@@ -210,20 +223,33 @@ class OptimizerConfig(BaseModel):
         if self.name not in known:
             raise ValueError(f'no optimizer "{self.name}": {nearest(self.name, known)}')
         function = known[self.name]
-        _check_options("optimizer", self.name, function, self.options(), _SET_HERE + _MOMENT_DTYPES)
-        if self.moment_dtype is not None:
-            if self.moment_dtype not in ("float32", "bfloat16"):
-                raise ValueError(f'moment_dtype = "{self.moment_dtype}": {nearest(self.moment_dtype, _MOMENT_CHOICES)}')
-            if not set(_MOMENT_DTYPES) & set(inspect.signature(function).parameters):
-                raise ValueError(f'optimizer "{self.name}" cannot choose the dtype of its moments: drop moment_dtype')
+        _check_options("optimizer", self.name, function, self.options(), _SET_HERE + _DTYPES)
+        for key, value, fields in self._moments():
+            if value not in _MOMENT_CHOICES:
+                raise ValueError(f'{key} = "{value}": {nearest(value, _MOMENT_CHOICES)}')
+            if not _has_moments(self, fields):
+                raise ValueError(f'optimizer "{self.name}" keeps no such moment with these options: drop {key}')
+        for name in {"b2", "adam_b2"} & set(inspect.signature(function).parameters):
+            decay = self.options().get(name, inspect.signature(function).parameters[name].default)
+            if self.second_moment_dtype == "bfloat16" and decay > _SLOWEST_DECAY:
+                raise ValueError(
+                    f'second_moment_dtype = "bfloat16" with {name} = {decay}: a bfloat16 number times {decay} is '
+                    f"rounded to itself, so that the moment would never fall; expected {name} of at most "
+                    f"{_SLOWEST_DECAY}, or float32"
+                )
         return self
+
+    def _moments(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """`(key, dtype, fields of optimizer states)` for each dtype that is given."""
+        given = [
+            ("moment_dtype", self.moment_dtype, _FIRST_MOMENTS),
+            ("second_moment_dtype", self.second_moment_dtype, _SECOND_MOMENTS),
+        ]
+        return [(key, value, fields) for key, value, fields in given if value is not None]
 
     def options(self) -> dict[str, Any]:
         """The options of the optax function."""
         return dict(self.__pydantic_extra__ or {})
-
-
-_MOMENT_CHOICES = ("float32", "bfloat16")
 
 
 def matrix_mask(params: Tree, roles: Roles = DECODER_ROLES) -> Tree:
@@ -263,13 +289,47 @@ def make_optimizer(
         for name in _MASKS:
             if name in parameters:
                 options[name] = lambda params: matrix_mask(params, roles)
-    if config.moment_dtype is not None:
-        options[next(n for n in _MOMENT_DTYPES if n in parameters)] = jnp.dtype(config.moment_dtype)
     if "muon_weight_dimension_numbers" in parameters:
         options["muon_weight_dimension_numbers"] = lambda params: _muon_dimensions(params, roles)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return function(**options)
+        optimizer = function(**options)
+    dtypes = {field: jnp.dtype(value) for _, value, fields in config._moments() for field in fields}
+    return keep_in(optimizer, dtypes) if dtypes else optimizer
+
+
+def keep_in(optimizer: optax.GradientTransformation, dtypes: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """`optimizer` with the floating arrays below some fields of its states kept in other dtypes between updates.
+
+    Updates see them in float32.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def cast(state: Any, to: Callable[[Any], Any]) -> Any:
+        def one(keys: tuple, a: Any) -> Any:
+            field = next((k.name for k in reversed(keys) if getattr(k, "name", None) in dtypes), None)
+            return a if field is None or not jnp.issubdtype(a.dtype, jnp.floating) else a.astype(to(dtypes[field]))
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def init(params: Tree) -> Any:
+        return cast(inner.init(params), lambda dtype: dtype)
+
+    def update(updates: Tree, state: Any, params: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        updates, state = inner.update(updates, cast(state, lambda _: jnp.float32), params, **extra)
+        return updates, cast(state, lambda dtype: dtype)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _has_moments(config: OptimizerConfig, fields: tuple[str, ...]) -> bool:
+    """Whether the state of an optimizer has any of these fields, which may depend on its options."""
+    params = {name: jax.ShapeDtypeStruct((2, 128, 128), jnp.float32) for name in ("layers", "other")}  # muon divides
+    plain = config.model_copy(update={"moment_dtype": None, "second_moment_dtype": None})
+    state = jax.eval_shape(make_optimizer(plain, 1.0).init, params)
+    return any(
+        getattr(k, "name", None) in fields for keys, _ in jax.tree_util.tree_leaves_with_path(state) for k in keys
+    )
 
 
 def evaluation_parameters(opt_state: Any, trainable: Tree) -> Tree:
@@ -280,5 +340,5 @@ def evaluation_parameters(opt_state: Any, trainable: Tree) -> Tree:
     is_free = lambda s: isinstance(s, optax.contrib.ScheduleFreeState)  # noqa: E731
     for state in jax.tree.leaves(opt_state, is_leaf=is_free):
         if is_free(state):
-            return optax.contrib.schedule_free_eval_params(state, trainable)
+            return optax.contrib.schedule_free_eval_params(fetch(state), trainable)
     return trainable

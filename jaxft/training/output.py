@@ -33,7 +33,7 @@ from jaxft.errors import JaxftError
 
 # What may change between the start of a run and its resumption: none of it changes the numbers of the run.
 FREE_SECTIONS = ("output", "logging", "checkpoint", "mesh")
-FREE_KEYS = ("training.profile",)
+FREE_KEYS = ("training.profile", "training.offload")
 OURS = (
     "config.yaml",
     "versions.json",

@@ -1,5 +1,6 @@
 """What a training run carries from step to step, and how it starts."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jaxft.distributed.sharding import (
     RULES,
     Rules,
     ShardingReport,
+    in_host_memory,
     optimizer_shardings,
     replicated,
     shard_tree,
@@ -21,7 +23,7 @@ from jaxft.distributed.sharding import (
 from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, wrap_optimizer
 from jaxft.methods.probe import Probe
-from jaxft.partition import Tuned, combine
+from jaxft.partition import DECODER_ROLES, Tuned, combine
 from jaxft.training.precision import Precision, cast_tuned
 
 Tree = Any
@@ -78,6 +80,7 @@ def abstract_state(
     precision: Precision = Precision(),  # noqa: B008
     rules: Rules = RULES,
     report: ShardingReport | None = None,
+    offload: Collection[str] = (),
 ) -> tuple[TrainState, Tree]:
     """What `init_state` returns, as `jax.ShapeDtypeStruct`s with shardings: for any model, on any mesh, in no memory.
 
@@ -96,7 +99,24 @@ def abstract_state(
         ) from error
     if not jax.tree.leaves(tuned.trainable):
         raise JaxftError("the method leaves nothing to train")
-    return lay_out(tuned, method, optimizer, rng, mesh, logical_axes=logical_axes, rules=rules, report=report)
+    options = {"logical_axes": logical_axes, "rules": rules, "report": report, "offload": offload}
+    return lay_out(tuned, method, optimizer, rng, mesh, **options)
+
+
+OFFLOADABLE = ("optimizer", "frozen")
+
+
+def _places(
+    tuned: Tuned, opt_state: Tree, shardings: Tuned, mesh: Mesh, offload: Collection[str]
+) -> tuple[Tuned, Tree]:
+    """Shardings of a cut and of the optimizer's state, in the memory where each array waits."""
+    places = optimizer_shardings(opt_state, tuned.trainable, shardings.trainable, mesh)
+    if "optimizer" in offload:
+        places = in_host_memory(opt_state, places)
+    if "frozen" in offload:
+        frozen = in_host_memory(tuned.frozen, shardings.frozen, DECODER_ROLES.stacked)
+        shardings = shardings._replace(frozen=frozen)
+    return shardings, places
 
 
 def lay_out(
@@ -109,12 +129,13 @@ def lay_out(
     logical_axes: Tree | None = None,
     rules: Rules = RULES,
     report: ShardingReport | None = None,
+    offload: Collection[str] = (),
 ) -> tuple[TrainState, Tree]:
     """The abstract state and frozen half, with shardings, of an abstract cut; arguments as of `init_state`."""
     _, step_rng = jax.random.split(rng)
     shardings = tuned_shardings(tuned, logical_axes, mesh, rules=rules, report=report)
     opt_state = jax.eval_shape(wrap_optimizer(method, optimizer).init, tuned.trainable)
-    opt_places = optimizer_shardings(opt_state, tuned.trainable, shardings.trainable, mesh)
+    shardings, opt_places = _places(tuned, opt_state, shardings, mesh, offload)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.ShapeDtypeStruct(step_rng.shape, step_rng.dtype)
     state = TrainState(count, tuned.trainable, opt_state, key, tuned.state, count)
@@ -140,6 +161,7 @@ def init_state(
     rules: Rules = RULES,
     report: ShardingReport | None = None,
     donate: bool = False,
+    offload: Collection[str] = (),
 ) -> tuple[TrainState, Tree]:
     """Cut `params` by `method`, place both halves on the mesh and make the optimizer's state there.
 
@@ -155,6 +177,8 @@ def init_state(
         rules: which axis goes where, see `jaxft.distributed.tree_shardings`.
         report: is told what could not be divided as the rules say.
         donate: the caller needs `params` no more. Otherwise trainable leaves are copied, since a step donates them.
+        offload: what waits in host memory, of `OFFLOADABLE`: "optimizer", the optimizer's state between updates;
+            "frozen", the frozen matrices of stacked layers, which a scan over layers fetches one layer at a time.
 
     Returns:
         The state and the frozen parameters. Frozen arrays that are already in place and in their dtype are the same
@@ -168,11 +192,12 @@ def init_state(
     tuned = cast_tuned(method.init(method_rng, params, probe), precision)
     if not jax.tree.leaves(tuned.trainable):
         raise JaxftError("the method leaves nothing to train")
+    optimizer = wrap_optimizer(method, optimizer)
+    shapes = jax.eval_shape(optimizer.init, tuned.trainable)
     shardings = tuned_shardings(tuned, logical_axes, mesh, rules=rules)
+    shardings, places = _places(tuned, shapes, shardings, mesh, offload)
     tuned = shard_tree(tuned, shardings)
     trainable = tuned.trainable if donate else jax.tree.map(jnp.copy, tuned.trainable)
-    optimizer = wrap_optimizer(method, optimizer)
-    places = optimizer_shardings(jax.eval_shape(optimizer.init, trainable), trainable, shardings.trainable, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=places)(trainable)
     rest = (jnp.zeros((), jnp.int32), step_rng, jax.tree.map(jnp.copy, tuned.state), jnp.zeros((), jnp.int32))
     step, step_rng, method_state, skipped = shard_tree(rest, replicated(rest, mesh))

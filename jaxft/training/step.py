@@ -12,7 +12,9 @@ from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, wrap_optimizer
 from jaxft.partition import Tuned, combine
 from jaxft.training.loss import Batch, Loss
+from jaxft.training.offload import in_turns
 from jaxft.training.state import TrainState, tuned_of
+from jaxft.weights.memory import fetch
 from jaxft.weights.training import in_training
 
 Tree = Any
@@ -132,7 +134,8 @@ def make_train_step(
         metrics: Metrics = {**aux, "loss": mean, "weight": weight}
         objective = mean
         if method.penalty is not None:
-            penalty, extra = jax.value_and_grad(lambda t: method.penalty(tuned._replace(trainable=t)))(state.trainable)
+            here = tuned._replace(frozen=fetch(frozen))
+            penalty, extra = jax.value_and_grad(lambda t: method.penalty(here._replace(trainable=t)))(state.trainable)
             gradients = jax.tree.map(lambda g, e: g + e.astype(g.dtype), gradients, extra)
             metrics["penalty"] = penalty
             objective = mean + penalty
@@ -146,7 +149,7 @@ def make_train_step(
             if clip_norm is not None:
                 scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
                 gradients = jax.tree.map(lambda g: g * scale, gradients)
-            extra = {"value": objective, "frozen": frozen, "rng": jax.random.fold_in(loss_rng, _GRADIENTS)}
+            extra = {"value": objective, "frozen": fetch(frozen), "rng": jax.random.fold_in(loss_rng, _GRADIENTS)}
             updates, moments = optimizer.update(gradients, opt_state, trainable, **extra)
             new = optax.apply_updates(trainable, updates), moments
             # Dtypes stay: float32 gradients would make bfloat16 moments float32, and the second step recompile.
@@ -155,8 +158,9 @@ def make_train_step(
             )
 
         # A branch, not a selection between old and new leaves, which would keep both alive: a copy of every moment.
+        run = update if shardings is None else in_turns(update, shardings.opt_state)
         trainable, opt_state = jax.lax.cond(
-            finite, update, lambda gradients, *old: old, gradients, state.trainable, state.opt_state
+            finite, run, lambda gradients, *old: old, gradients, state.trainable, state.opt_state
         )
         skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
         metrics["skipped"] = skipped

@@ -16,6 +16,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxft.weights.memory import fetch
+
 Weight = Any  # an Array or a Node
 Tree = Any
 AnyNode = TypeVar("AnyNode")
@@ -67,8 +69,8 @@ def materialize_rule(w: Weight) -> Array:
 
 
 def materialize(tree: Tree) -> Tree:
-    """Replace every node of `tree` by the array it means; arrays stay as they are."""
-    return jax.tree.map(materialize_rule, tree, is_leaf=is_node)
+    """Replace every node of `tree` by the array it means; arrays stay as they are, on the device."""
+    return jax.tree.map(lambda w: materialize_rule(fetch(w)), tree, is_leaf=is_node)
 
 
 def value(w: Weight, dtype: Any = None) -> Array:
@@ -190,6 +192,14 @@ def scan_layers(
         return block(carry, treedef.unflatten(layer), x)
 
     return lax.scan(body, carry, (jnp.arange(num_layers(layers)), sliced, xs), unroll=unroll)
+
+
+def fetch_layer(layer: Tree) -> Tree:
+    """`fetch` for what `block` gets in `scan_layers`; nodes that hold whole stacks fetch what they read.
+
+    To be called inside the block, so that a layer that is recomputed is fetched again and not kept.
+    """
+    return jax.tree.map(lambda w: w if is_indexed(w) else fetch(w), layer, is_leaf=is_indexed)
 
 
 def layer_slice(layers: Tree, index: int) -> Tree:

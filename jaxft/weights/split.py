@@ -22,6 +22,7 @@ from jaxft.weights.core import (
     specs_rule,
 )
 from jaxft.weights.gated import Gated, gated_matmul, gated_ragged_matmul
+from jaxft.weights.memory import fetch
 from jaxft.weights.ragged import Axes, ragged_linear_rule
 
 
@@ -89,7 +90,7 @@ def let_through(tree: Tree) -> Tree:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _read(trainable: Array, frozen: Weight, is_trainable: Array, slot: Array, dtype: jnp.dtype) -> Array:
     def at(stack: Weight) -> Weight:
-        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, slot, keepdims=False), stack)
+        return fetch(jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, slot, keepdims=False), stack))
 
     return lax.cond(
         is_trainable, lambda: at(trainable).astype(dtype), lambda: materialize_rule(at(frozen)).astype(dtype)

@@ -384,7 +384,12 @@ def test_space_for_checkpoints_is_checked(tmp_path):
 
 
 def test_only_what_changes_numbers_makes_another_run():
-    free = {**CONFIG, "output": "y", "mesh": {"data": 8}, "training": {"steps": 3, "profile": {"start": 2}}}
+    free = {
+        **CONFIG,
+        "output": "y",
+        "mesh": {"data": 8},
+        "training": {"steps": 3, "profile": {"start": 2}, "offload": ["frozen"]},
+    }
     assert config_differences(CONFIG, free) == [] and config_fingerprint(CONFIG) == config_fingerprint(free)
     other = {**CONFIG, "method": [{"name": "lora", "rank": 8}]}
     assert config_differences(CONFIG, other) == ["method.0.rank: 4 there, 8 now"]

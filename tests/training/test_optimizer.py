@@ -62,7 +62,9 @@ def test_every_optimizer_lowers_a_quadratic(name):
         ({"name": "sgd", "nesterov": 1}, '"nesterov" of optimizer "sgd" is 1: expected true or false'),
         ({"name": "sgd", "learning_rate": 0.1}, 'has no option "learning_rate"'),
         ({"name": "adamw", "moment_dtype": "int8"}, 'moment_dtype = "int8"'),
-        ({"name": "rprop", "moment_dtype": "bfloat16"}, "cannot choose the dtype of its moments"),
+        ({"name": "rprop", "moment_dtype": "bfloat16"}, "keeps no such moment with these options: drop moment_dtype"),
+        ({"name": "sgd", "moment_dtype": "bfloat16"}, "keeps no such moment with these options"),
+        ({"name": "lion", "second_moment_dtype": "bfloat16"}, "keeps no such moment"),
         ({"name": "lbfgs"}, 'no optimizer "lbfgs"'),
     ],
 )
@@ -137,16 +139,62 @@ def test_decay_leaves_norms_and_biases_alone_stacked_or_not():
         np.testing.assert_allclose(after["final_norm"]["scale"], kept * np.ones(4), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adan"])
-def test_moment_dtype(name):
-    if name == "adan":  # has no such option
-        with pytest.raises(ValidationError):
-            OptimizerConfig(name=name, moment_dtype="bfloat16")
-        return
-    state = make_optimizer(OptimizerConfig(name=name, moment_dtype="bfloat16"), 1e-3).init(params())
-    assert jnp.dtype("bfloat16") in {a.dtype for a in jax.tree.leaves(state)}
-    state = make_optimizer(OptimizerConfig(name=name), 1e-3).init(params())
-    assert jnp.dtype("bfloat16") not in {a.dtype for a in jax.tree.leaves(state)}
+FIRST, SECOND = ("mu", "m", "trace"), ("nu", "n")
+
+
+def dtypes(state, fields):
+    """Of the arrays that a state of optax keeps in these fields."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {a.dtype.name for keys, a in leaves if any(getattr(k, "name", None) in fields for k in keys)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adamw", {"b2": 0.95}),
+        ("muon", {"adam_b2": 0.95}),  # its Adam, for what is no matrix
+        ("adan", {}),
+        ("lion", None),
+        ("sgd", {"momentum": 0.9}),
+        ("rmsprop", {}),
+    ],
+)
+def test_moments_are_kept_in_their_dtype_and_the_numbers_are_close(name, options):
+    keeps_first, keeps_second = name != "rmsprop", name not in ("lion", "sgd")
+    given = {"moment_dtype": "bfloat16"} if keeps_first else {}
+    given |= {"second_moment_dtype": "bfloat16"} if keeps_second else {}
+    gradient = lambda p: jnp.cos(3 * p)  # noqa: E731
+    after, state = updated(make_optimizer(OptimizerConfig(name=name, **given, **(options or {})), 1e-2), 3, gradient)
+    plain, wide = updated(make_optimizer(OptimizerConfig(name=name, **(options or {})), 1e-2), 3, gradient)
+    if keeps_first:
+        assert dtypes(state, FIRST) == {"bfloat16"} and dtypes(wide, FIRST) == {"float32"}
+    if keeps_second:
+        assert dtypes(state, SECOND) == {"bfloat16"} and dtypes(wide, SECOND) == {"float32"}
+    moved = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), plain, params())
+    scale = 0.03 * max(map(float, jax.tree.leaves(moved)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=scale), after, plain)
+
+
+def test_moments_of_bfloat16_parameters_may_be_float32():
+    tree = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params())
+    config = OptimizerConfig(name="adamw", moment_dtype="float32", second_moment_dtype="float32")
+    state = make_optimizer(config, 1e-3).init(tree)
+    assert dtypes(state, FIRST) == dtypes(state, SECOND) == {"float32"}
+    assert dtypes(make_optimizer(OptimizerConfig(name="adamw"), 1e-3).init(tree), SECOND) == {"bfloat16"}
+
+
+def test_a_bfloat16_second_moment_falls_or_is_refused():
+    """What the bound on `b2` is for: a bfloat16 number times 0.999 is the same number."""
+    config = OptimizerConfig(name="adam", second_moment_dtype="bfloat16", b2=0.99)
+    _, state = updated(make_optimizer(config, 0.0), 1)
+    optimizer = make_optimizer(config, 0.0)
+    still = jax.tree.map(jnp.zeros_like, params())
+    _, later = optimizer.update(still, state, params())
+    before, after = (s[0].nu["embed"]["embedding"] for s in (state, later))
+    assert np.all(np.asarray(after < before)[np.asarray(before) > 0])
+    assert jnp.all((before.astype(jnp.float32) * 0.999).astype(jnp.bfloat16) == before)
+    with pytest.raises(ValidationError, match="with b2 = 0.999: .*expected b2 of at most 0.99, or float32"):
+        OptimizerConfig(name="adam", second_moment_dtype="bfloat16")
 
 
 def test_muon_treats_the_layers_of_a_stack_one_by_one():
