@@ -1,9 +1,12 @@
 """Every implementation of attention computes the same function."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 
 from jaxft.errors import JaxftError
@@ -69,12 +72,21 @@ def test_xla_is_the_definition(sliding_window, softcap, scale):
 
 
 @pytest.mark.parametrize(
-    ("sliding_window", "softcap", "scale", "kv_heads"),
-    [(None, None, None, 2), (40, None, None, 1), (None, 5.0, 0.1, 4)],
+    ("sliding_window", "softcap", "scale", "kv_heads", "seq", "fused_blocks"),
+    [
+        (None, None, None, 2, 128, 8),
+        (40, None, None, 1, 128, 8),
+        (None, 5.0, 0.1, 4, 128, 8),
+        (200, 5.0, None, 2, 384, 8),  # everything together, in several blocks
+        (200, 5.0, None, 2, 384, 0),  # and with a backward pass in two kernels, as for long sequences
+    ],
 )
-def test_splash_equals_xla_in_values_and_gradients(sliding_window, softcap, scale, kv_heads):
-    q, k, v = inputs(kv_heads=kv_heads)
-    segments = packed(2, 128)
+def test_splash_equals_xla_in_values_and_gradients(
+    monkeypatch, sliding_window, softcap, scale, kv_heads, seq, fused_blocks
+):
+    monkeypatch.setattr(sys.modules[attention.__module__], "_FUSED_BLOCKS", fused_blocks)
+    q, k, v = inputs(seq=seq, kv_heads=kv_heads)
+    segments = packed(2, seq)
     real = (segments > 0)[:, :, None, None]
 
     def run(implementation):
@@ -96,6 +108,34 @@ def test_splash_equals_xla_in_values_and_gradients(sliding_window, softcap, scal
 
     for a, b in zip(jax.tree.leaves(run("splash")), jax.tree.leaves(run("xla")), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def kernel_operands(jaxpr):
+    """The shapes of the operands of every Pallas kernel in a jaxpr."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append([v.aval.shape for v in eqn.invars])
+        else:
+            found += [shapes for inner in jaxprs_in_params(eqn.params) for shapes in kernel_operands(inner)]
+    return found
+
+
+def test_splash_reads_each_key_and_value_head_once_for_its_group():
+    """No copy of them for each query head, forward or backward."""
+    q, k, v = inputs(heads=8, kv_heads=2, dim=32)
+
+    def loss(q, k, v):
+        return attention(q, k, v, positions=np.arange(128)[None], implementation="splash").sum()
+
+    kernels = kernel_operands(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v).jaxpr)
+    assert len(kernels) == 2
+    forward, backward = sorted(kernels, key=len)
+    assert (forward.count((2, 8, 128, 32)), forward.count((2, 2, 128, 32))) == (1, 2)  # queries; keys and values
+    assert (backward.count((2, 8, 128, 32)), backward.count((2, 2, 128, 32))) == (
+        2,
+        2,
+    )  # and the gradient of the result
 
 
 def test_splash_on_a_mesh():
