@@ -7,6 +7,7 @@ Liger Kernel's fused linear cross-entropy (arXiv:2410.10989).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,13 +17,15 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.errors import JaxftError
+from jaxft.models.sharding import MESH_AXES, mesh_axes
 
 Batch = dict[str, Array]
 Loss = Callable[[Any, Batch, PRNGKeyArray], tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]]
 Head = Callable[[Float[Array, "... dim"]], Float[Array, "... vocab"]]
 
 CHUNK_ELEMENTS = 2**23  # logits held at once, per shard of the batch: 32 MiB in float32
-CHUNK_TOKENS = 128  # but never fewer tokens, or passing over the head would take longer than its products
+CHUNK_TOKENS = 512  # but never fewer tokens on a device, or reading the head would take longer than its products
+_FEWEST_TOKENS = 128  # of each shard, where a device computes with the tokens of several
 
 
 class CrossEntropy(NamedTuple):
@@ -38,9 +41,14 @@ class CrossEntropy(NamedTuple):
     correct: Float[Array, ""]
 
 
-def chunks_for(rows: int, seq_len: int, vocab: int, row_shards: int = 1) -> int:
-    """Into how many pieces (a power of two) to cut `seq_len` so that a piece's logits stay near `CHUNK_ELEMENTS`."""
-    tokens = max(CHUNK_TOKENS, CHUNK_ELEMENTS // vocab) * row_shards
+def chunks_for(rows: int, seq_len: int, vocab: int, row_shards: int = 1, gathered: int = 1) -> int:
+    """Into how many pieces (a power of two) to cut `seq_len` so that a piece's logits stay near `CHUNK_ELEMENTS`.
+
+    A pass over a bfloat16 head whose gradient is summed in float32 moves 12 bytes for 6 FLOPs a token and entry: on a
+    TPU v5e, of 240 FLOPs a byte, 480 tokens keep the matrix unit busy (`benchmarks/loss.py`).
+    """
+    fewest = max(_FEWEST_TOKENS, CHUNK_TOKENS // gathered)
+    tokens = max(fewest, CHUNK_ELEMENTS // vocab) * row_shards
     wanted = -(-rows * seq_len // tokens)
     return min(1 << (wanted - 1).bit_length(), seq_len)
 
@@ -53,6 +61,7 @@ def cross_entropy(
     *,
     chunks: int | None = None,
     row_shards: int = 1,
+    gathered: int = 1,
     z_loss: float = 0.0,
 ) -> CrossEntropy:
     """Softmax cross-entropy of `head(hidden)` against `targets`, without ever holding all logits.
@@ -67,12 +76,13 @@ def cross_entropy(
             being differentiated get their gradient, for others none is computed.
         chunks: pieces of the sequence; by default enough for 32 MiB of float32 logits, or 512 tokens, per row shard.
         row_shards: over how many devices the batch is divided (for the default of `chunks`).
+        gathered: of those, over how many the head is divided too, so that each computes with the tokens of all of them.
         z_loss: coefficient of the squared log-partition (PaLM, arXiv:2204.02311, section 5).
     """
     batch, seq_len, dim = hidden.shape
     if chunks is None:
         vocab = jax.eval_shape(head, jax.ShapeDtypeStruct((1, 1, dim), hidden.dtype)).shape[-1]
-        chunks = chunks_for(batch, seq_len, vocab, row_shards)
+        chunks = chunks_for(batch, seq_len, vocab, row_shards, gathered)
     size = -(-seq_len // chunks)
     short = size * chunks - seq_len
 
@@ -157,6 +167,12 @@ def _summed_backward(head: Callable, z_loss: float, residuals: tuple, cotangents
 _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 
 
+def _gathered(vocab: int) -> int:
+    """Of the devices that divide the rows of a batch, how many divide a head of `vocab` words, on the ambient mesh."""
+    axes = set(mesh_axes("vocab", vocab) or ()) & set(MESH_AXES["batch"]) if vocab else set()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+
 def language_model_loss(
     model: Any,
     *,
@@ -216,6 +232,7 @@ def language_model_loss(
             lambda h: model.logits(params, h),
             chunks=chunks,
             row_shards=row_shards,
+            gathered=_gathered(getattr(config, "vocab_size", 0)),
             z_loss=z_loss,
         )
         segments = batch.get("segment_ids")

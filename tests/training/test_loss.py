@@ -160,6 +160,13 @@ def test_chunks_are_a_power_of_two_and_no_more_than_the_sequence(rows, seq_len, 
     assert tokens <= max(512, 2**23 / vocab)
 
 
+def test_a_divided_head_has_smaller_pieces_of_each_shard():
+    """What a device computes with is the tokens of all shards that divide the head."""
+    assert chunks_for(1, 2048, 128256) == 4  # 512 tokens
+    assert chunks_for(16, 2048, 128256, 16, 16) == 16  # 16 shards of 128
+    assert chunks_for(16, 2048, 128256, 16, 2) == 8  # 2 shards of 256, eight times
+
+
 def test_bfloat16_inputs_at_a_large_vocabulary_agree_with_float64():
     vocab, tokens, dim = 262_144, 24, 16
     keys = jax.random.split(jax.random.key(2), 3)
