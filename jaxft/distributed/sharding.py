@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxft.distributed.mesh import BATCH_AXES, MeshError, data_partition
 from jaxft.errors import JaxftError, nearest
-from jaxft.partition import Tuned, combine, key_name
+from jaxft.partition import DECODER_ROLES, Roles, Tuned, combine, key_name
 from jaxft.weights import is_node, specs
 from jaxft.weights.memory import HOST_MEMORY
 
@@ -207,15 +207,15 @@ def optimizer_shardings(opt_state: Tree, trainable: Tree, shardings: Tree, mesh:
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
-def in_host_memory(tree: Tree, shardings: Tree, stacked: tuple[str, ...] | None = None) -> Tree:
-    """`shardings` with the matrices of `tree` in host memory; vectors and scalars stay on the device.
+def in_host_memory(tree: Tree, shardings: Tree, roles: Roles = DECODER_ROLES, *, only_stacked: bool = False) -> Tree:
+    """`shardings` with the matrices of `tree` in host memory; vectors (of layers, too) and scalars stay on the device.
 
-    With `stacked`, only matrices with a layer axis below these first names of a path (`Roles.stacked`), which a scan
-    over layers brings to the device one by one.
+    With `only_stacked`, only matrices of layers, which a scan brings to the device one by one.
     """
 
     def place(keys: tuple, a: Any, sharding: NamedSharding) -> NamedSharding:
-        is_matrix = a.ndim >= 2 if stacked is None else a.ndim >= 3 and key_name(keys[0]) in stacked
+        is_stacked = any(key_name(k) in roles.stacked for k in keys)
+        is_matrix = a.ndim >= 2 + is_stacked and (is_stacked or not only_stacked)
         return sharding.with_memory_kind(HOST_MEMORY) if is_matrix else sharding
 
     return jax.tree_util.tree_map_with_path(place, tree, shardings)

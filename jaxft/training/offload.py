@@ -17,6 +17,7 @@ from jaxft.partition import key_name
 from jaxft.weights.memory import in_host_memory
 
 Tree = Any
+_TILE_ROWS = 32  # of a matrix: a TPU copies whole tiles of it, which have up to so many rows
 Update = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
@@ -80,9 +81,10 @@ def _fetch_if(stored: Bool[Array, ""], array: Array) -> Array:
 
 
 def _are_stored(arrays: Iterable[Array]) -> Bool[Array, ""]:
-    """True, as soon as the arrays have arrived in host memory: the first entry along their first axis is read back."""
+    """True, as soon as the arrays have arrived in host memory: a first piece of each is read back."""
     stored = jnp.ones((), bool)
     for array in arrays:
-        first = jax.device_put(jax.lax.index_in_dim(array, 0, keepdims=False), jax.memory.Space.Device)
-        stored &= ~jnp.any(first > jnp.inf)
+        rows = 1 if array.ndim > 2 else min(_TILE_ROWS, array.shape[0])
+        piece = jax.device_put(jax.lax.slice_in_dim(array, 0, rows), jax.memory.Space.Device)
+        stored &= ~jnp.any(piece > jnp.inf)
     return stored

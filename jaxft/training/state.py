@@ -23,7 +23,7 @@ from jaxft.distributed.sharding import (
 from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, wrap_optimizer
 from jaxft.methods.probe import Probe
-from jaxft.partition import DECODER_ROLES, Tuned, combine
+from jaxft.partition import Tuned, combine
 from jaxft.training.precision import Precision, cast_tuned
 
 Tree = Any
@@ -114,7 +114,7 @@ def _places(
     if "optimizer" in offload:
         places = in_host_memory(opt_state, places)
     if "frozen" in offload:
-        frozen = in_host_memory(tuned.frozen, shardings.frozen, DECODER_ROLES.stacked)
+        frozen = in_host_memory(tuned.frozen, shardings.frozen, only_stacked=True)
         shardings = shardings._replace(frozen=frozen)
     return shardings, places
 
