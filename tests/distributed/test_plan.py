@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 
 import jax
@@ -17,6 +18,7 @@ from jaxft.data import EvaluationSetConfig
 from jaxft.distributed import MeshConfig, MeshError, hlo, make_mesh, topology
 from jaxft.distributed.automatic import Needs, choose, resolve_mesh
 from jaxft.distributed.plan import (
+    attention_kernels,
     compile_step,
     model_flops,
     needed_bytes,
@@ -290,6 +292,33 @@ def test_the_plan_is_that_of_the_compiled_step(directory):
     assert found.collective_bytes["all-gather"] + found.collective_bytes.get("collective-permute", 0) > 0
     assert 0 < found.roofline.mfu < 1
     assert json.loads(json.dumps(found.record()))["fits"] is True
+
+
+GEMMA = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "sliding_window": 200,
+    "sliding_window_pattern": 3,
+    "tie_word_embeddings": True,
+}
+
+
+@needs_compiler
+def test_layers_of_two_kinds_are_one_scan_with_a_kernel_of_each(directory, tmp_path, quick_compiler):
+    """Each kernel is in a branch that half of the layers take: their counts add up to one a layer."""
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | GEMMA))
+    settings = ("model.attention=splash", "data.seq_len=512", "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1")
+    wanted = config(tmp_path, "{name: lora, rank: 8}", *settings)
+    model = load_model(tmp_path)
+    assert model.config.sliding_layers == (True, True, False) * 2
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x2")))
+    compiled = compile_step(wanted, model, mesh)
+    text = compiled.step.as_text()
+    found = hlo.costs(hlo.parse(text), taken=0.5, kernels=attention_kernels(model.config, 512))
+    assert sum(found.kernels.values()) == 3 * LAYERS, "forward, forward again, backward"
+    assert len(re.findall(r"%splash_mha_fwd\S* = .* custom-call\(", text)) == 2 * 2, "whatever the depth"
+    assert not any(c.total_bytes for c in found.collectives if c.in_conditional), "no device waits for a branch"
+    assert found.least_flops == found.flops == found.most_flops
 
 
 @needs_compiler
