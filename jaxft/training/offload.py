@@ -17,7 +17,6 @@ from jaxft.partition import key_name
 from jaxft.weights.memory import in_host_memory
 
 Tree = Any
-_TILE_ROWS = 32  # of a matrix: a TPU copies whole tiles of it, which have up to so many rows
 Update = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
@@ -32,7 +31,7 @@ def in_turns(update: Update, shardings: Tree) -> Update:
         update: for arrays on the device.
         shardings: NamedShardings of `opt_state`.
     """
-    divided = [bool(s.spec) and s.spec[0] is not None for s in jax.tree.leaves(shardings)]
+    undivided = [not s.spec or s.spec[0] is None for s in jax.tree.leaves(shardings)]
 
     def run(gradients: Tree, trainable: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
         if not any(map(in_host_memory, jax.tree.leaves(opt_state))):
@@ -41,8 +40,8 @@ def in_turns(update: Update, shardings: Tree) -> Update:
         on_device = treedef.unflatten([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs])
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(*on_device)
         is_host = [in_host_memory(a) for a in jax.tree.leaves((trainable, opt_state))]
-        # A layer is read back of what is not divided along the first dimension: that needs no communication.
-        readable = [False] * (len(is_host) - len(divided)) + [not d for d in divided]
+        # What is read back of a stack of matrices is one, which is whole tiles, and no communication is needed for it.
+        readable = [False] * (len(is_host) - len(undivided)) + undivided
         results: list[Any] = [None] * len(is_host)
         stored = jnp.ones((), bool)
         for turn in _turns((trainable, opt_state), trainable):
@@ -52,7 +51,7 @@ def in_turns(update: Update, shardings: Tree) -> Update:
             arguments = [a for a, wanted in zip(inputs, used, strict=True) if wanted]
             for i, value in zip(turn, jaxpr_as_fun(ClosedJaxpr(jaxpr, closed.consts))(*arguments), strict=True):
                 results[i] = jax.device_put(value, jax.memory.Space.Host) if is_host[i] else value
-            stored = _are_stored(results[i] for i in turn if is_host[i] and readable[i])
+            stored &= _are_stored(results[i] for i in turn if is_host[i] and readable[i] and results[i].ndim > 2)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return run
@@ -81,10 +80,9 @@ def _fetch_if(stored: Bool[Array, ""], array: Array) -> Array:
 
 
 def _are_stored(arrays: Iterable[Array]) -> Bool[Array, ""]:
-    """True, as soon as the arrays have arrived in host memory: a first piece of each is read back."""
+    """True, as soon as stacks of matrices have arrived in host memory: the first matrix of each is read back."""
     stored = jnp.ones((), bool)
     for array in arrays:
-        rows = 1 if array.ndim > 2 else min(_TILE_ROWS, array.shape[0])
-        piece = jax.device_put(jax.lax.slice_in_dim(array, 0, rows), jax.memory.Space.Device)
-        stored &= ~jnp.any(piece > jnp.inf)
+        first = jax.device_put(jax.lax.index_in_dim(array, 0, keepdims=False), jax.memory.Space.Device)
+        stored &= ~jnp.any(first > jnp.inf)
     return stored
