@@ -23,6 +23,7 @@ from jaxft.distributed.plan import (
     model_flops,
     needed_bytes,
     plan,
+    read_plan,
     shard_bytes,
     trained_share,
     visible_pairs,
@@ -345,6 +346,28 @@ def test_a_job_that_does_not_fit_is_told_what_to_change(directory, monkeypatch):
     assert any("mesh.fsdp=4" in text for text in found.advice)
     assert found.remedy.settings == "model.remat=offload mesh.data=1 mesh.fsdp=4"
     assert found.remedy.fits and found.remedy.hbm_gib_per_chip < found.hbm_gib_available
+
+
+@needs_compiler
+def test_what_waits_in_host_memory_is_fetched_layer_by_layer(directory, quick_compiler):
+    """The stacks of frozen matrices are arguments in host memory, and nothing of their shape is on the chip."""
+    where = parse_topology("v5e:2x2")
+    wanted = config(directory, "{name: lora, rank: 8}", "training.offload=[optimizer, frozen]")
+    mesh = make_mesh(MeshConfig(fsdp=4), topology.topology_devices(where))
+    model = load_model(directory)
+    compiled = compile_step(wanted, model, mesh)
+    found = read_plan(wanted, model, where, mesh, compiled)
+    stats = compiled.step.memory_analysis()
+    in_host = GIB * (found.host_gib["optimizer"] + found.host_gib["frozen"])
+    assert found.host_gib["optimizer"] > 0 and found.host_gib["frozen"] > 10 * found.memory_gib["optimizer"]
+    assert stats.host_argument_size_in_bytes == pytest.approx(in_host, rel=0.3)  # rank 8 fills a tile of 128 partly
+    stacks = [a for a in jax.tree.leaves(compiled.frozen["layers"]) if a.sharding.memory_kind == "pinned_host"]
+    assert len(stacks) == 7
+    text = compiled.step.as_text()
+    for stack in stacks:
+        shape = ",".join(map(str, stack.sharding.shard_shape(stack.shape)))
+        layouts = re.findall(rf"bf16\[{shape}\]{{([^}}]*)}}", text)
+        assert layouts and all("S(5)" in layout for layout in layouts), shape
 
 
 # How much of each weight trains depends on scores of weights or data, so that there are no shapes before there are any.
