@@ -76,9 +76,9 @@ quickstart: $(VENV)/.run
 	@echo "  $(VENV)/bin/jaxft methods                            # every method, with its paper and options"
 	@echo "  $(VENV)/bin/jaxft train --help                       # your own data: copy configs/quickstart.yaml"
 
-# The tests of a file go to one worker: they share what is costly to make.
+# The tests of a file go to one worker: they share what is costly to make. Files in the order of tests/conftest.py.
 test: $(VENV)/.test $(VENV)/.tpu
-	@$(python) -m pytest -n $(WORKERS) --dist loadscope -q $(PYTEST_ARGS)
+	@$(python) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Before jax is imported anywhere: it reads these once. A value from outside wins, so that a GPU can be tested too.
@@ -17,7 +18,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         # Tests compile much and compute little: half of the processor time of a compilation is LLVM's optimisation.
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
     )
+    if version("jax").startswith("0.10."):  # a third of the time of a compilation; later versions do not know it
+        flags += ("--xla_cpu_use_fusion_emitters=false",)
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 # A collective holds a thread of XLA's pool for each device, and by default there are no more threads than devices: two
 # collectives at once, or one beside other work, would wait for each other for ever.
@@ -76,3 +80,20 @@ def _forget_when_crowded(request: pytest.FixtureRequest):
     yield
     if is_crowded() and not request.node.path.name == "test_conformance.py":  # which does so between its trials
         forget_compiled_programs()
+
+
+# A file stays on one worker: those that take longest go first, so that none is left over for the end.
+LONG = (
+    "test_conformance.py",
+    "test_processes.py",
+    "test_resume.py",
+    "test_lt_sft.py",
+    "test_flax_models.py",
+    "test_step.py",
+    "test_sharded.py",
+    "test_plan.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
