@@ -9,7 +9,7 @@ from jaxft.hub import load_pretrained
 from jaxft.methods import get_method
 from jaxft.models import LanguageModel
 from jaxft.models.config import from_huggingface
-from jaxft.testing import Trial, check_frozen, check_identity, check_law, check_memory, check_trains
+from jaxft.testing import Trial, check_frozen, check_law, check_trains
 from jaxft.training.loss import language_model_loss
 from jaxft.weights import SoftPrompt, add_site
 from tests.tiny_models import CONFIGS, checkpoint
@@ -26,18 +26,15 @@ def test_methods_tune_it(name):
     entry = get_method(name)
     loss = language_model_loss(model, remat="none", chunks=1)
     trial = Trial(entry.build(**entry.example), params, loss, batches, logical_axes=model.logical_axes())
-    for check in (check_identity, check_law, check_frozen, check_trains, check_memory):
+    for check in (check_law, check_frozen, check_trains):
         check(trial)
 
 
 def test_virtual_tokens_are_rows_of_the_embedding():
     model, params = load_pretrained(checkpoint("gemma3"))
     prompted = add_site(params, "prompt", SoftPrompt(params["embed"]["embedding"][TOKENS[0, :3]]), layers=None)
-    whole = model.hidden(params, TOKENS[:1])
-    # Virtual tokens see each other only, and so they would in front of the rest.
-    np.testing.assert_allclose(model.hidden(prompted, TOKENS[:1, 3:]), whole[:, 3:], atol=1e-4)
-    cache = model.init_cache(prompted, 1, 24)
-    np.testing.assert_allclose(model.hidden(prompted, TOKENS[:1, 3:], cache=cache)[0], whole[:, 3:], atol=1e-4)
+    whole = jax.jit(model.hidden)(params, TOKENS[:1])
+    np.testing.assert_allclose(jax.jit(model.hidden)(prompted, TOKENS[:1, 3:]), whole[:, 3:], atol=1e-4)
 
 
 def test_kernels_of_both_kinds_compute_what_plain_attention_does():
