@@ -113,17 +113,23 @@ def trained_entries(w: Weight, layers: int) -> Float[np.ndarray, " layers"]:
     own = none
     if isinstance(w, SparseDelta) and has_marks(w.values):
         matrix = math.prod(shape_of(w)[w.indices.ndim - 1 :])
-        own = each(np.asarray((w.indices < matrix).sum(-1)))
-    elif isinstance(w, RowSplit) and marked(w.rows):
+        own = each(_held(w.indices, matrix))
+    elif isinstance(w, RowSplit) and has_marks(w.rows):
         slices, entries = shape_of(w)[w.axis], math.prod(shape_of(w)[w.index.ndim - 1 :])
-        own = each(np.asarray((w.index < slices).sum(-1)) * (entries // slices))
+        own = each(_held(w.index, slices) * (entries // slices))
     elif isinstance(w, BlockSplit) and has_marks(w.blocks):
         block, matrix = math.prod(jax.tree.leaves(w.blocks)[0].shape[-2:]), math.prod(shape_of(w)[-2:])
-        own = each(np.asarray((w.index < matrix // block).sum(-1)) * block)
+        own = each(_held(w.index, matrix // block) * block)
     else:  # a node whose trained part has the shape of the weight, or stands around one that has
         parts = [getattr(w, f.name) for f in dataclasses.fields(cast(Any, w))] if isinstance(w, Node) else []
         return sum((trained_entries(part, layers) for part in parts if part is not None and _is_tree(part)), none)
     return own + trained_entries(w.base, layers)
+
+
+def _held(index: jax.Array, n: int) -> np.ndarray:
+    """How many indices `[(layers, (experts,)) k]` of each layer are below `n`: no padding."""
+    flags = np.asarray(index < n)
+    return flags.sum(tuple(range(min(1, flags.ndim - 1), flags.ndim)))
 
 
 def _is_tree(part: Any) -> bool:

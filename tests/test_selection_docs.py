@@ -19,7 +19,7 @@ def test_the_examples_run(capsys):
     names: dict = {}
     for code in blocks("python"):
         exec(compile(code, "docs/selection.md", "exec"), names)  # noqa: S102
-    assert "a budget of 100 is 100 of 32 entries" in capsys.readouterr().out
+    assert "a budget of 100 is 100 of 32 rows" in capsys.readouterr().out
 
 
 def test_the_configurations_build():

@@ -330,7 +330,9 @@ def count_trainable(tuned: Tuned) -> int:
             block = math.prod(blocks.shape[-2:])
             total -= blocks.size - block * int(jnp.sum(w.index < math.prod(shape_of(w)[-2:]) // block))
         elif isinstance(w, RowSplit):
-            total -= w.rows.size // w.index.size * int(jnp.sum(w.index >= shape_of(w)[w.axis]))
+            slices, entries = shape_of(w)[w.axis], math.prod(shape_of(w)[w.index.ndim - 1 :])
+            held = entries // slices * int(jnp.sum(w.index < slices))
+            total -= jax.tree.leaves(w.rows)[0].size - held
         elif isinstance(w, Gated):
             total -= w.value.size // max(w.is_open.size, 1) * int(jnp.sum(~w.is_open))
     return total

@@ -97,6 +97,8 @@ class Probe:
     def _batches(self, n: int) -> Iterator[dict]:
         if self.loss_fn is None or self.batches is None:
             raise JaxftError("this method looks at data before training: give its probe a loss_fn and batches")
+        if n < 1:
+            raise JaxftError(f"this method looks at data before training: {n} calibration batches are none")
         found = list(itertools.islice(self.batches(), n))
         if len(found) < n:
             raise JaxftError(f"the probe was asked for {n} calibration batches and there are {len(found)}")

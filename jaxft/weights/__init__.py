@@ -31,7 +31,7 @@ from jaxft.weights.core import (
 from jaxft.weights.gated import Damped, Gated, gated_matmul
 from jaxft.weights.grafted import Grafted, graft_share, rounded
 from jaxft.weights.low_rank import LowRank
-from jaxft.weights.packed import Packed, pack
+from jaxft.weights.packed import Packed, pack, repack
 from jaxft.weights.ragged import (
     by_materializing_ragged,
     group_of_row,
@@ -113,6 +113,7 @@ __all__ = [
     "ragged_linear_rule",
     "ragged_matmul",
     "ragged_outer",
+    "repack",
     "resplit",
     "rounded",
     "scan_layers",

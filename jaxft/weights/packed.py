@@ -4,23 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.weights.core import Node, at_layer_rule, materialize_rule, node, static
 
 
 @node
 class Packed(Node):
-    """`[L, k, ...]` of which layer l is the window `values[start[l] : start[l] + k]` of one array.
+    """`[*layers, k, ...]` of which a layer is the window of `k` that begins at `start[layer]` of one array.
 
-    The trained part of a `SparseDelta` or `BlockSplit` whose layers have very different counts. Windows overlap; in
-    each, what belongs to another layer has padding for its index, so that it means nothing there. Under a scan the
-    array stays whole, and the gradient of each layer is added at its window.
+    The trained part of a `SparseDelta`, `BlockSplit` or `RowSplit` whose layers have very different counts. Windows
+    overlap; in each, what belongs to another layer has padding for its index, so that it means nothing there. Under a
+    scan the array stays whole, and the gradient of each layer is added at its window. Layers lie end to end along
+    `axis` of the array, which is the axis of a window too.
     """
 
-    values: Float[Array, "total ..."]
+    values: Float[Array, "..."]
     start: Int[Array, "*layers"]
     k: int = static(default=1)
+    axis: int = static(default=0)
 
     @property
     def num_layers(self) -> int:
@@ -28,7 +30,9 @@ class Packed(Node):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.start.shape, self.k, *self.values.shape[1:])
+        window = list(self.values.shape)
+        window[self.axis] = self.k
+        return (*self.start.shape, *window)
 
 
 def pack(index: Int[np.ndarray, "layers k"], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,6 +54,17 @@ def pack(index: Int[np.ndarray, "layers k"], n: int) -> tuple[np.ndarray, np.nda
     return windows, start.astype(np.int32), np.flatnonzero(valid.reshape(-1))
 
 
+def repack(w: Packed, windows: Float[Array, "..."], own: Bool[Array, "*layers k"]) -> Packed:
+    """`w` with other values: those of `windows` that belong to their layer (`own`), zero where no layer says so."""
+    axis = w.axis - w.values.ndim if w.axis >= 0 else w.axis
+    first = jnp.moveaxis(windows, axis, own.ndim - 1)
+    place = jnp.where(own, w.start[..., None] + jnp.arange(w.k, dtype=jnp.int32), w.values.shape[axis])
+    rest = first.shape[own.ndim :]
+    empty = jnp.zeros((w.values.shape[axis], *rest), windows.dtype)
+    flat = empty.at[place.reshape(-1)].set(first.reshape(-1, *rest), mode="drop")
+    return w.replace(values=jnp.moveaxis(flat, 0, axis))
+
+
 @at_layer_rule.register
 def _(w: Packed, index: Array) -> Packed:
     return w.replace(start=jnp.asarray(w.start)[index])
@@ -57,6 +72,6 @@ def _(w: Packed, index: Array) -> Packed:
 
 @materialize_rule.register
 def _(w: Packed) -> Array:
-    if w.start.ndim == 0:
-        return lax.dynamic_slice_in_dim(w.values, w.start, w.k)
-    return jax.vmap(lambda s: lax.dynamic_slice_in_dim(w.values, s, w.k))(w.start)
+    if w.start.ndim:
+        return jax.vmap(lambda start: materialize_rule(w.replace(start=start)))(w.start)
+    return lax.dynamic_slice_in_dim(w.values, w.start, w.k, w.axis)

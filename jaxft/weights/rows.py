@@ -19,6 +19,7 @@ from jaxft.weights.core import (
     specs_rule,
     static,
 )
+from jaxft.weights.packed import Packed
 from jaxft.weights.ragged import Axes, group_of_row, ragged_linear_rule, ragged_matmul, ragged_outer
 
 
@@ -34,7 +35,7 @@ class RowSplit(Node):
     """
 
     base: Weight
-    rows: Float[Array, "*layers d1 d2"]
+    rows: Float[Array, "*layers d1 d2"] | Packed
     index: Int[Array, "*layers k"]
     axis: int = static(default=-2)
 
@@ -56,7 +57,7 @@ def gather_rows(matrix: Array, index: Array, axis: int) -> Array:
 
 @materialize_rule.register
 def _(w: RowSplit) -> Array:
-    return _replace(jax.lax.stop_gradient(materialize(w.base)), w.rows, w.index, w.axis)
+    return _replace(jax.lax.stop_gradient(materialize(w.base)), materialize(w.rows), w.index, w.axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -83,7 +84,7 @@ _row_matmul.defvjp(_row_forward, _row_backward)
 
 @linear_rule.register
 def _(w: RowSplit, x: Array) -> Array:
-    return _row_matmul(x, materialize(w.base).astype(x.dtype), w.rows, w.index, w.axis)
+    return _row_matmul(x, materialize(w.base).astype(x.dtype), materialize(w.rows), w.index, w.axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -128,11 +129,19 @@ def _of_experts(x: Array, g: Array, sizes: Array, index: Array) -> tuple[Array, 
 
 @ragged_linear_rule.register
 def _(w: RowSplit, x: Array, sizes: Array, axes: Axes) -> Array:
-    return _ragged_row_matmul(x, materialize(w.base).astype(x.dtype), w.rows, w.index, sizes, w.axis, axes)
+    base, rows = materialize(w.base).astype(x.dtype), materialize(w.rows)
+    return _ragged_row_matmul(x, base, rows, w.index, sizes, w.axis, axes)
 
 
 @specs_rule.register
 def _(w: RowSplit, spec: PartitionSpec) -> RowSplit:
-    rows = list(pad_spec(spec, w.rows.ndim))
-    rows[w.axis] = None
-    return RowSplit(specs(w.base, spec), PartitionSpec(*rows), PartitionSpec(), w.axis)
+    entries = list(pad_spec(spec, len(w.rows.shape)))
+    entries[w.axis] = None
+    if isinstance(w.rows, Packed):
+        window = PartitionSpec(*entries[w.index.ndim - 1 :])
+        return w.replace(
+            base=specs(w.base, spec),
+            rows=w.rows.replace(values=window, start=PartitionSpec()),
+            index=PartitionSpec(),
+        )
+    return RowSplit(specs(w.base, spec), PartitionSpec(*entries), PartitionSpec(), w.axis)

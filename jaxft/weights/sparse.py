@@ -152,7 +152,9 @@ def _to_blocks(matrix: Array, p: int, q: int) -> Array:
 
 
 def gather_blocks(matrix: Array, index: Array, p: int, q: int) -> Array:
-    """Blocks of a matrix `[d_in, d_out]` by flat block number; zeros for padding."""
+    """Blocks `[..., m, p, q]` of matrices `[..., d_in, d_out]` by flat block number; zeros for padding."""
+    if index.ndim > 1:
+        return jax.vmap(lambda m, i: gather_blocks(m, i, p, q))(matrix, index)
     return jnp.take(_to_blocks(matrix, p, q), index, axis=0, mode="fill", fill_value=0)
 
 
@@ -216,8 +218,7 @@ def _ragged_block_backward(axes: Axes, residuals: tuple[Array, ...], g: Array) -
     p, q = blocks.shape[-2:]
     dx = ragged_matmul(g, _replace_blocks(base, blocks, index).swapaxes(1, 2), sizes, axes)
     dense = ragged_outer(x, g, sizes, axes)
-    dblocks = jax.vmap(lambda d, i: gather_blocks(d, i, p, q))(dense, index)
-    return dx, None, dblocks.astype(blocks.dtype), None, None
+    return dx, None, gather_blocks(dense, index, p, q).astype(blocks.dtype), None, None
 
 
 _ragged_block_matmul.defvjp(_ragged_block_forward, _ragged_block_backward)

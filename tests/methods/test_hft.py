@@ -220,7 +220,7 @@ def test_half_reset_beside_another_method():
         ({"fraction": 1.0}, "fraction=1.0 must lie between 0 and 1"),
         ({"fraction": 0}, "fraction=0 must lie"),
         ({"rounds": 0}, "rounds=0 must be at least 1"),
-        ({"fraction": 0.1, "level": "layer"}, "fraction=0.1 of 4 layers is 0"),
+        ({"fraction": 0.1, "level": "layer"}, "a budget of 0.1 is 0 of 4 layers"),
     ],
 )
 def test_wrong_options(options, message):

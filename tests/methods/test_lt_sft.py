@@ -7,7 +7,7 @@ import pytest
 
 from jaxft.errors import JaxftError
 from jaxft.methods import Probe, chain, count_trainable, full, lora, lt_sft
-from jaxft.methods.selection.scores import budget_count, top_k_masks
+from jaxft.methods.selection.units import budget_count
 from jaxft.partition import combine, weights_by_path
 from jaxft.weights import LowRank, SparseDelta, materialize
 from tests.methods.tiny import params, trial
@@ -135,10 +135,5 @@ def test_wrong_budgets_and_missing_trainer():
         lt_sft(search_steps=0)
 
 
-def test_top_k_breaks_ties_to_an_exact_count():
-    masks = top_k_masks({"a": np.ones((3, 3)), "b": np.ones(4)}, 5)
-    assert sum(m.sum() for m in masks.values()) == 5
-    scores = {"a": np.arange(9.0).reshape(3, 3), "b": np.array([100.0, -1.0])}
-    masks = top_k_masks(scores, 3)
-    assert masks["b"].tolist() == [True, False] and np.flatnonzero(masks["a"]).tolist() == [7, 8]
+def test_a_budget_is_a_fraction_or_a_count():
     assert budget_count(0.5, 7) == 4 and budget_count(7, 7) == 7

@@ -96,15 +96,22 @@ def blocks(base=None) -> BlockSplit:
     return BlockSplit(matrices() if base is None else base, Trains(values), index)
 
 
-def packed_up(w: SparseDelta | BlockSplit) -> SparseDelta | BlockSplit:
+def packed_up(w: SparseDelta | BlockSplit | RowSplit, slices: int = D) -> SparseDelta | BlockSplit | RowSplit:
     """The same node, its rows of different counts end to end."""
-    field, where, n = ("values", "indices", D * D) if isinstance(w, SparseDelta) else ("blocks", "index", 8)
-    windows, start, held = pack(np.asarray(getattr(w, where)), n)
-    trained = getattr(w, field)
-    array = trained.value.reshape(-1, *trained.value.shape[2:])[held]
+    field, where, n, axis = {
+        SparseDelta: ("values", "indices", D * D, -1),
+        BlockSplit: ("blocks", "index", 8, -3),
+        RowSplit: ("rows", "index", slices, getattr(w, "axis", None)),
+    }[type(w)]
+    index = np.asarray(getattr(w, where))
+    windows, start, held = pack(index.reshape(-1, index.shape[-1]), n)
+    trained = jnp.moveaxis(getattr(w, field).value, axis, index.ndim - 1)
+    array = trained.reshape(-1, *trained.shape[index.ndim :])[held]
     array = jnp.pad(array, ((0, -len(array) % 8), *((0, 0),) * (array.ndim - 1)))  # so that it divides over the mesh
-    values = Packed(Trains(array), jnp.asarray(start), windows.shape[1])
-    return w.replace(**{field: values, where: jnp.asarray(windows)})
+    array = jnp.moveaxis(array, 0, axis)
+    start = jnp.asarray(start.reshape(index.shape[:-1]))
+    values = Packed(Trains(array), start, index.shape[-1], axis % array.ndim)
+    return w.replace(**{field: values, where: jnp.asarray(windows.reshape(index.shape))})
 
 
 def frozen_node_split() -> Split:
@@ -133,6 +140,8 @@ CASES = {
     "BlockSplit": blocks,
     "SparseDelta-packed": lambda: packed_up(sparse()),
     "BlockSplit-packed": lambda: packed_up(blocks()),
+    "RowSplit-packed-rows": lambda: packed_up(padded_rows(-2)),
+    "RowSplit-packed-columns": lambda: packed_up(padded_rows(-1)),
     "SparseDelta-packed-over-Split": lambda: packed_up(sparse(split_layers(matrices(), jnp.asarray(MASK), 2))),
     "Anchored": lambda: Anchored(Trains(matrices()), matrices(1)),
     "Observed": lambda: Observed(Trains(matrices()), jnp.zeros((L, D))),

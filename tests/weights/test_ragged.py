@@ -24,7 +24,7 @@ from jaxft.weights import (
     specs,
 )
 from jaxft.weights.ragged import _outer, _outer_tpu
-from tests.weights.test_law import CASES, close, equations, with_gradients
+from tests.weights.test_law import CASES, close, equations, packed_up, with_gradients
 
 L, E, D, ROWS = 4, 3, 8, 6
 SIZES = jnp.asarray([[2, 0, 4], [1, 5, 0]])  # of two shards; one expert without rows in each
@@ -61,6 +61,8 @@ EXPERTS = {
     },
     "RowSplit-experts": lambda: row_split(jnp.asarray([[2, 0], [1, 2], [0, 1], [2, 1]])),
     "RowSplit-experts-padded": lambda: row_split(jnp.asarray([[2, E], [E, E], [0, 1], [1, E]])),
+    "RowSplit-rows-packed": lambda: packed_up(experts("RowSplit-padded-rows")),
+    "RowSplit-experts-packed": lambda: packed_up(row_split(jnp.asarray([[2, E], [E, E], [0, 1], [1, E]])), E),
     "SparseDelta-over-all-experts": lambda: SparseDelta(
         normal(1, L, E, D, D),
         Trains(normal(3, L, 7)),

@@ -20,10 +20,12 @@ from jaxft.methods.selection.select import selection
 def apet(count: int = 100_000, spread: Literal["model", "matrix"] = "model", on: str = "@linear") -> Method:
     """Train exactly `count` parameters at arbitrary positions: W' = W + scatter(theta), theta `[count]` from zero.
 
-    Every leaf becomes `SparseDelta(base, values [L, k], indices [L, k])`, its layers padded to the largest count.
+    Every leaf becomes `SparseDelta(base, values [L, k], indices [L, k])`.
 
     Notes:
-        `count` says how many parameters suffice; `smallest_sufficient` finds the least of a series that does.
+        The reference code (yushengsu-thu/PET_Scaling) draws whole tensors, of the model and of the modules of other
+        methods, as long as they fit in `count`; here single positions of the model, exactly as many. `count` says how
+        many parameters suffice; `smallest_sufficient` finds the least of a series that does.
 
     Args:
         count: how many scalars train: of all selected weights together, or (`spread: matrix`) of each matrix.

@@ -1,15 +1,11 @@
 """BAdam: block coordinate descent over layers."""
 
-from typing import Literal
-
-import numpy as np
-
 from jaxft.errors import JaxftError
 from jaxft.methods.base import Method
 from jaxft.methods.registry import register
-from jaxft.methods.selection.layers import Draw, LayerMasks, every, layer_counts, layer_selection, stacked_arrays
-from jaxft.partition import Roles
-from jaxft.weights import Tree
+from jaxft.methods.selection.layers import every
+from jaxft.methods.selection.scores import Order, cyclic
+from jaxft.methods.selection.select import selection
 
 
 @register(
@@ -19,9 +15,7 @@ from jaxft.weights import Tree
     family="selection",
     example={"period": 2},
 )
-def badam(
-    period: int = 50, order: Literal["ascending", "descending", "random"] = "ascending", start: int | None = None
-) -> Method:
+def badam(period: int = 50, order: Order = "ascending", start: int | None = None) -> Method:
     """Train one layer at a time with Adam, each for `period` steps, in turn.
 
     Block coordinate descent: theta_l <- `period` Adam steps from fresh moments, then the next l. Every leaf becomes
@@ -40,22 +34,5 @@ def badam(
     if period < 1:
         raise JaxftError(f"badam: period={period} must be at least 1")
 
-    def first_draw(params: Tree, roles: Roles) -> Draw:
-        total = layer_counts(params, roles)
-        if start is not None and not 0 <= start < total:
-            raise JaxftError(f"badam: start={start}, but the layers are 0 to {total - 1}")
-        paths = stacked_arrays(params, list(roles.stacked), roles)
-
-        def draw(rng: np.random.Generator, before: LayerMasks | None) -> LayerMasks:
-            if before is None:
-                by_order = {"ascending": 0, "descending": total - 1, "random": int(rng.integers(total))}
-                active = by_order[order] if start is None else start
-            else:
-                now = int(np.argmax(next(iter(before.values()))))
-                step = {"ascending": 1, "descending": -1, "random": int(rng.integers(1, max(total, 2)))}[order]
-                active = (now + step) % total
-            return dict.fromkeys(paths, np.arange(total) == active)
-
-        return draw
-
-    return layer_selection(first_draw, due=every(period), optimizer_state="reset")
+    score = cyclic(order, start)
+    return selection(score, granularity="layer", budget=1, on=None, due=every(period), optimizer_state="reset")

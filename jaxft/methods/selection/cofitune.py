@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, rewrite
@@ -31,17 +31,18 @@ def cofitune(
 ) -> Method:
     """Train the MLPs of a middle-lower range of layers; scale the gradient of a neuron by what it does not matter.
 
-    Coarse: of L layers, those in [first, last) train their up and down projections, all else is frozen. Fine: I_j,
-    the importance of hidden neuron j, is |dLoss/dgate_j| of a gate on its activation, over the largest of its layer;
-    the gradient of its column of W_up and its row of W_down is multiplied by 1 - soft * I_j:
-    `Damped(Split(trainable [k, d, f], ...), rate [L, 1, f])`.
+    Coarse: of L layers, those in [first, last) train their up and down projections, all else is frozen. Fine: with
+    g_j = dLoss/dgate_j of a gate on unit j, I_j = |tanh((g_j - mean g) / std g)| over the units of its layer; the
+    gradient of the unit's column is multiplied by 1 - soft * I_j. Units are hidden neurons for the up (and gate)
+    projection, outputs for the down projection: `Damped(Split(trainable [k, d, f], ...), rate [L, 1, f])`.
 
     Notes:
-        The paper finds range and modules by a search and reports the default here as best. It measures I on the
+        The paper finds range and modules by a search and reports the default here as best. It measures g on the
         divergence between two dropout passes; the decoders here have no dropout, so it is measured on the loss of the
-        calibration batches (dLoss/dgate_j = <W_down[j], dLoss/dW_down[j]>, exactly). Heads are not damped, since only
-        MLPs train. An optimizer that normalises gradients (Adam) undoes a constant factor other than 0: use
-        SGD where the degree of damping matters; with soft = 1 the most important neuron of a layer does not move.
+        calibration batches, where dLoss/dgate is <w, dLoss/dw> over the weights behind (or of) the unit, exactly. The
+        reference code multiplies the flattened gradient of W_up by the mask of its neurons over and over, which meets
+        other entries than theirs; here each neuron's own are damped. Heads are not, since only MLPs train. An
+        optimizer that normalises gradients (Adam) undoes a constant factor: use SGD where the degree matters.
 
     Args:
         first: the first layer that trains: a number of layers from 1 on, a fraction below 1.
@@ -62,13 +63,12 @@ def cofitune(
                 f"cofitune: first={first}, last={last} are layers {start} to {stop} of {total}: expected a range"
             )
         layers = (np.arange(total) >= start) & (np.arange(total) < stop)
-        rate = 1 - soft * neuron_importance(unmarked(params), probe, batches) if soft else None
+        neurons, outputs = gate_gradients(unmarked(params), probe, batches) if soft else (None, None)
 
         def cut(path: str, w: Array) -> Any:
             node = masked_node(w, layer_mask(layers, w.shape), stacked=True, path=path)
-            if rate is None:
-                return node
-            return Damped(node, rate[:, :, None] if path == DOWN else rate[:, None, :])
+            gates = outputs if path == DOWN else neurons
+            return node if gates is None else Damped(node, (1 - soft * importance(gates))[:, None, :])
 
         paths = [f"layers.mlp.{name}.kernel" for name in names]
         return split(rewrite(params, paths, cut, roles=probe.roles, nodes=False))
@@ -76,14 +76,15 @@ def cofitune(
     return Method(init)
 
 
-def neuron_importance(params: Tree, probe: Probe, batches: int) -> Array:
-    """|dLoss/dgate| of a gate on each hidden neuron, over the largest of its layer: `[L, hidden]` in [0, 1]."""
-    found = jnp.abs(gate_gradients(params, probe, batches))
-    top = found.max(-1, keepdims=True)
-    return jnp.where(found == top, 1.0, found / jnp.maximum(top, 1e-30))  # exactly 1: it must not move at all
+def importance(gates: Float[Array, "layers units"]) -> Float[Array, "layers units"]:
+    """|tanh| of the derivatives by gates, standardised within each layer: in [0, 1)."""
+    centred = gates - gates.mean(-1, keepdims=True)
+    return jnp.abs(jnp.tanh(centred / jnp.maximum(gates.std(-1, ddof=1, keepdims=True), 1e-30)))
 
 
-def gate_gradients(params: Tree, probe: Probe, batches: int) -> Array:
-    """The derivative of the mean loss by a factor on each hidden neuron of each MLP, `[L, hidden]`."""
+def gate_gradients(params: Tree, probe: Probe, batches: int) -> tuple[Array, Array]:
+    """The derivatives of the mean loss by a factor on each hidden neuron of each MLP, `[L, hidden]`, and on each of
+    its outputs, `[L, outputs]`."""
     gradient = probe.gradients_of(params, [DOWN], batches)[DOWN]
-    return jnp.sum(gradient * materialize(weights_by_path(params)[DOWN]).astype(jnp.float32), axis=-1)
+    product = gradient * materialize(weights_by_path(params)[DOWN]).astype(jnp.float32)
+    return product.sum(-1), product.sum(-2)

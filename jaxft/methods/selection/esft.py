@@ -1,18 +1,11 @@
 """ESFT: expert-specialised fine-tuning of a mixture of experts."""
 
-import jax
-import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
-
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, rewrite
-from jaxft.methods.probe import Probe
+from jaxft.methods.base import Method
 from jaxft.methods.registry import register
-from jaxft.methods.selection.scores import GateKind, routing_shares
-from jaxft.methods.selection.select import cut_units
-from jaxft.methods.selection.units import check_choice, positions
-from jaxft.partition import Tuned, split, unmarked
-from jaxft.weights import Tree
+from jaxft.methods.selection.scores import GateKind, gate
+from jaxft.methods.selection.select import selection
+from jaxft.methods.selection.units import Cover, check_choice
 
 
 @register(
@@ -49,25 +42,4 @@ def esft(p: float = 0.2, score: GateKind = "token", batches: int = 8, on: str = 
         raise JaxftError(f"esft: p={p} is not a share above 0 and up to 1")
     check_choice("score", score, GateKind)
 
-    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
-        mask = covering(routing_shares(unmarked(params), probe, score, batches), p)
-        index = positions(mask, int(mask.sum(-1).max()))
-        return split(rewrite(params, on, lambda _, w: cut_units(w, index, "expert", 1, True), roles=probe.roles))
-
-    return Method(init)
-
-
-def covering(shares: Float[Array, "layers experts"], p: float) -> Bool[np.ndarray, "layers experts"]:
-    """In each row the highest shares, the fewest that sum up to p or more; ties go to the earlier expert.
-
-    Experts that nothing goes to are never among them. Shares that are traced, when a run is planned without data, are
-    taken to be even: no others need as many experts.
-    """
-    traced = isinstance(shares, jax.core.Tracer)
-    values = np.full(shares.shape, 1 / shares.shape[-1]) if traced else np.asarray(shares, np.float64)
-    order = np.argsort(-values, axis=-1, kind="stable")
-    best = np.take_along_axis(values, order, -1)
-    needed = (np.cumsum(best, -1) - best < p) & (best > 0)
-    mask = np.zeros(values.shape, bool)
-    np.put_along_axis(mask, order, needed, -1)
-    return mask
+    return selection(gate(score, batches), granularity="expert", budget=Cover(p), on=on)

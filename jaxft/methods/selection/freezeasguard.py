@@ -9,7 +9,7 @@ from jaxft.errors import JaxftError
 from jaxft.methods.base import Method
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
-from jaxft.methods.selection.scores import Candidates
+from jaxft.methods.selection.scores import Candidates, Score
 from jaxft.methods.selection.select import selection
 from jaxft.partition import map_weights
 from jaxft.weights import Tree, materialize
@@ -62,13 +62,27 @@ def freezeasguard(
             f"user_rate={user_rate} and mask_rate={mask_rate} above 0"
         )
 
+    score = guard(illegal, frozen, guard_steps, user_rate, mask_rate, batches)
+    return selection(score, granularity="matrix", lowest=True, budget=1 - frozen, per="model", on=on)
+
+
+def guard(
+    illegal: str = "",
+    frozen: float = 0.5,
+    guard_steps: int = 40,
+    user_rate: float = 1e-3,
+    mask_rate: float = 0.2,
+    batches: int = 2,
+) -> Score:
+    """The relaxed mask of every matrix as its score: the lowest train. Options are those of `freezeasguard`."""
+
     def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
         unwanted = probe.on(illegal or (list(probe.sets) or [""])[-1])
         return guard_mask(
             candidates, probe, unwanted, frozen, steps=guard_steps, rates=(user_rate, mask_rate), batches=batches
         )
 
-    return selection(score, granularity="matrix", lowest=True, budget=1 - frozen, per="model", on=on)
+    return score
 
 
 TEMPERATURE, SPARSITY, USER_STEPS = 0.2, 0.1, 2

@@ -1,5 +1,7 @@
 """Full fine-tuning, or any fixed selection of whole weights and layers."""
 
+from typing import Literal
+
 import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
@@ -7,8 +9,11 @@ from jaxtyping import PRNGKeyArray
 from jaxft.methods.base import Method, rewrite
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
-from jaxft.partition import Tuned, layer_mask, masked_node, split
+from jaxft.methods.selection.units import check_choice
+from jaxft.partition import Tuned, layer_mask, masked_node, select, split
 from jaxft.weights import Tree, Weight
+
+Missing = Literal["refuse", "skip"]
 
 
 @register(
@@ -17,19 +22,27 @@ from jaxft.weights import Tree, Weight
     url="",
     family="selection",
 )
-def full(on: str = "**") -> Method:
+def full(on: str = "**", missing: Missing = "refuse") -> Method:
     """Train every selected parameter: theta <- theta - update(gradient).
 
     The baseline of every comparison, and the plainest selection: `on="layers[-4:]"` trains the last four layers.
 
     Args:
         on: selector of what trains (see `jaxft.partition`); everything by default.
+        missing: whether a term that matches nothing (a tied head) is refused or passed over.
     """
+    check_choice("full: missing", missing, Missing)
 
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
-        def cut(path: str, w: jax.Array, layers: bool | np.ndarray) -> Weight:
-            return masked_node(w, layer_mask(layers, w.shape), stacked=probe.roles.is_stacked(path), path=path)
+        found = select(params, on, roles=probe.roles, allow_empty=missing == "skip")
+        if not found:
+            return split(params)
 
-        return split(rewrite(params, on, cut, roles=probe.roles, nodes=False, layers=True))
+        def cut(path: str, w: jax.Array, _: bool | np.ndarray) -> Weight:
+            mask = layer_mask(found[path], w.shape)
+            return masked_node(w, mask, stacked=probe.roles.is_stacked(path), path=path)
+
+        chosen = on if missing == "refuse" else list(found)
+        return split(rewrite(params, chosen, cut, roles=probe.roles, nodes=False, layers=True))
 
     return Method(init)

@@ -35,7 +35,8 @@ def grafting(
     Notes:
         `jaxft.weights.rounded` gives the model with gamma rounded to 0 or 1; `jaxft.merge` the relaxed one. As in the
         paper the budget fixes gamma_0, and the relaxation stays near it. The reference code starts S at -10 and makes
-        up for the vanishing slope by a learning rate of 1e7 under SGD; with Adam a start nearer to zero does.
+        up for the vanishing slope by a learning rate of 1e7 under SGD; with Adam a start nearer to zero does. Its
+        gamma_0 lacks the last of the entries of the budget, which equals the threshold.
 
     Args:
         budget: entries of gamma_0, of all selected ones: a fraction or a count.

@@ -1,30 +1,24 @@
 """HFT: half fine-tuning."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, Signals, path_key, rewrite, update_like
+from jaxft.methods.base import Method, Signals, fold_in, path_key, rewrite, update_like
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
-from jaxft.methods.selection.layers import (
-    Draw,
-    LayerMasks,
-    OptimizerState,
-    at_rounds,
-    balanced_draw,
-    generator,
-    layer_counts,
-    layer_selection,
-    spread,
-    stacked_arrays,
-)
+from jaxft.methods.selection.layers import at_rounds, generator, stacked_arrays
+from jaxft.methods.selection.redraw import OptimizerState
+from jaxft.methods.selection.scores import Score, balanced, random
+from jaxft.methods.selection.select import Measure, choose, selection
+from jaxft.methods.selection.units import Granularity, Per
 from jaxft.partition import (
     Roles,
+    Selector,
     Trains,
     Tuned,
     combine,
@@ -83,53 +77,37 @@ def hft(
         raise JaxftError(f"hft: fraction={fraction} must lie between 0 and 1 (exclusive); to train all use method full")
     if rounds < 1:
         raise JaxftError(f"hft: rounds={rounds} must be at least 1")
+    score, granularity, per = LEVELS[level](fraction)
     if half_reset:
-        return _half_reset(fraction, level)
+        return _half_reset(Measure(score, granularity), fraction, per)
+    due = at_rounds(rounds)
 
-    def first_draw(params: Tree, roles: Roles) -> Draw:
-        return half_draw(params, roles, fraction, level)
+    def drawn(on: Selector) -> Method:
+        return selection(
+            score, granularity=granularity, budget=fraction, per=per, on=on, due=due, optimizer_state=optimizer_state
+        )
 
-    def also(rng: PRNGKeyArray, params: Tree, roles: Roles) -> Tree:
-        return _embeddings(rng, params, roles, fraction, embeddings)
+    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
+        on = _categories(params, probe.roles)
+        params = _embeddings(fold_in(rng, 1), params, probe.roles, fraction, embeddings)
+        return drawn(on).init(rng, params, probe)
 
-    return layer_selection(first_draw, due=at_rounds(rounds), optimizer_state=optimizer_state, also=also)
+    return drawn("layers")._replace(init=init)
 
 
-def half_draw(params: Tree, roles: Roles, fraction: float, level: Level) -> Draw:
-    """The draw of a fraction of the stacked matrices at one of three levels, with fixed counts per leaf."""
-    num = layer_counts(params, roles)
-    groups = [stacked_arrays(params, paths, roles) for paths in roles.categories.values() if _any(params, paths, roles)]
-    groups = [g for g in groups if g]
-    if not groups:
+LEVELS: dict[Level, Callable[[float], tuple[Score, Granularity, Per]]] = {
+    "category": lambda fraction: (balanced(fraction), "matrix", "category"),
+    "model": lambda fraction: (random(), "matrix", "model"),
+    "layer": lambda fraction: (random(), "layer", "model"),
+}
+
+
+def _categories(params: Tree, roles: Roles) -> list[str]:
+    """The stacked arrays of all categories."""
+    found = [p for paths in roles.categories.values() for p in stacked_arrays(params, paths, roles)]
+    if not found:
         raise JaxftError("hft: no stacked matrix of any category is left to draw from")
-    if level == "layer" and not 0 < round(num * fraction) < num:
-        raise JaxftError(f"hft: fraction={fraction} of {num} layers is {round(num * fraction)}: expected some, not all")
-
-    def draw(rng: np.random.Generator, before: LayerMasks | None) -> LayerMasks:
-        if level == "layer":
-            train = rng.permutation(num) < round(num * fraction)
-            return {path: train for group in groups for path in group}
-        masks: LayerMasks = {}
-        for paths in [sum(groups, [])] if level == "model" else groups:
-            if before is not None:  # leaves that train in no layer, or in all of them, stay so
-                paths = [p for p in paths if p in before]
-                columns = np.array([before[p].sum() for p in paths], int)
-            else:
-                columns = spread(round(num * len(paths) * fraction), len(paths), rng)
-            if level == "category":
-                drawn = balanced_draw(rng, spread(columns.sum(), num, rng), columns)
-            elif before is None:
-                drawn = (rng.permutation(num * len(paths)) < columns.sum()).reshape(num, len(paths))
-            else:
-                drawn = np.stack([rng.permutation(num) < c for c in columns], axis=1)
-            masks |= {p: drawn[:, i] for i, p in enumerate(paths)}
-        return masks
-
-    return draw
-
-
-def _any(params: Tree, paths: tuple[str, ...], roles: Roles) -> bool:
-    return any(select(params, p, roles=roles, allow_empty=True) for p in paths)
+    return found
 
 
 def _embeddings(rng: PRNGKeyArray, params: Tree, roles: Roles, fraction: float, policy: str) -> Tree:
@@ -153,7 +131,7 @@ def _embeddings(rng: PRNGKeyArray, params: Tree, roles: Roles, fraction: float, 
     return rewrite(params, found, cut, roles=roles, nodes=False)
 
 
-def _half_reset(fraction: float, level: Level) -> Method:
+def _half_reset(measure: Measure, fraction: float, per: Per) -> Method:
     """Full fine-tuning whose last act resets the drawn part of the layers to the start."""
 
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
@@ -163,14 +141,15 @@ def _half_reset(fraction: float, level: Level) -> Method:
         return split(rewrite(params, "**", anchor, roles=probe.roles, nodes=False))
 
     def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
-        roles = signals.probe.roles
-        keep = half_draw(materialize(combine(tuned)), roles, fraction, level)(generator(rng), None)
+        params, probe = materialize(combine(tuned)), signals.probe
+        on = _categories(params, probe.roles)
+        keep = {p: m for p, (m, _) in choose(rng, params, probe, measure, fraction, per, on, keep_empty=True).items()}
         return update_like(_reset, tuned, opt_state, keep, donate=signals.donate)
 
     return Method(init, update=update, due=lambda step, total: step == total)
 
 
-def _reset(tuned: Tuned, opt_state: Any, keep: LayerMasks) -> tuple[Tuned, Any]:
+def _reset(tuned: Tuned, opt_state: Any, keep: dict[str, Array]) -> tuple[Tuned, Any]:
     def one(path: str, w: Any) -> Any:
         if path not in keep or not isinstance(w, Anchored):  # taken by another method of a chain
             return w

@@ -43,8 +43,8 @@ def ist(
     """LoRA on all layers, of which only some, the more important the likelier, are updated at a time.
 
     Scores I `[L]`, zero at first: a layer is drawn for update with probability proportional to sigmoid(-I_l), without
-    replacement. Every `period` steps a few sets S of layers are drawn in proportion to sigmoid(I_l), the response of
-    their updates is scaled by beta, and the loss on a batch gives a reward r = exp(-loss) - mean;
+    replacement. Every `period` steps a few different sets S of layers are drawn in proportion to sigmoid(I_l), the
+    response of their updates is scaled by beta, and the loss on a batch gives a reward r = exp(-loss) - mean;
     I_l <- I_l + rate * r * p_l (1 - p_l) for l in S, p = sigmoid(I). So a layer whose suppression does no harm rises in
     I and is updated less. `LowRank(base, Gated(a [L, d_in, rank]), Gated(b [L, rank, d_out]))`.
 
@@ -71,13 +71,6 @@ def ist(
         )
     start = lora(rank=rank, on=on)
 
-    def drawn(scores: np.ndarray, rng: np.random.Generator, part: float) -> np.ndarray:
-        """A random part of the layers, in proportion to sigmoid(scores), as `bool[L]`."""
-        chance = 1 / (1 + np.exp(-scores.astype(np.float64)))
-        count = max(round(part * len(scores)), 1)
-        chosen = rng.choice(len(scores), count, replace=False, p=chance / chance.sum())
-        return np.isin(np.arange(len(scores)), chosen)
-
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
         total = layer_counts(params, probe.roles)
         before = weights_by_path(params)
@@ -102,7 +95,7 @@ def ist(
     def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
         scores, draws = np.asarray(tuned.state[IMPORTANCE]), generator(rng)
         if step % period == 0:
-            sets = [drawn(scores, draws, suppressed) for _ in range(candidates)]
+            sets = different(scores, draws, suppressed, candidates)
             losses = [float(signals.probe.loss(_suppressed(tuned, s, beta))) for s in sets]
             scores = reinforced(scores, sets, losses, rate)
         tuned = tuned._replace(state={**tuned.state, IMPORTANCE: jnp.asarray(scores, jnp.float32)})
@@ -118,6 +111,25 @@ def ist(
         return (step % period == 0 or step % switch == 0) and step < total
 
     return Method(init, update=update, due=due, gradients=gradients)
+
+
+def drawn(scores: np.ndarray, draws: np.random.Generator, part: float) -> np.ndarray:
+    """A random part of the layers (rounded down, one at least), in proportion to sigmoid(scores), as `bool[L]`."""
+    chance = 1 / (1 + np.exp(-scores.astype(np.float64)))
+    chosen = draws.choice(len(scores), max(int(part * len(scores)), 1), replace=False, p=chance / chance.sum())
+    return np.isin(np.arange(len(scores)), chosen)
+
+
+def different(scores: np.ndarray, draws: np.random.Generator, part: float, count: int) -> list[np.ndarray]:
+    """`count` sets of layers of which no two are the same; fewer where there are not as many."""
+    found: list[np.ndarray] = []
+    for _ in range(100 * count):
+        one = drawn(scores, draws, part)
+        if not any((one == other).all() for other in found):
+            found.append(one)
+        if len(found) == count:
+            break
+    return found
 
 
 def reinforced(scores: np.ndarray, sets: list[np.ndarray], losses: list[float], rate: float) -> np.ndarray:

@@ -1,39 +1,14 @@
-"""Selections at the granularity of layers of stacked leaves: draws, and what happens when the draw changes.
-
-Every leaf keeps its number of trained layers from one draw to the next, so the shapes of its `Split` stay and nothing
-recompiles.
-"""
+"""Layers of stacked leaves: draws on the host, schedules, which leaves there are."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, Signals, fold_in, rewrite
-from jaxft.methods.probe import Probe
-from jaxft.methods.selection.redraw import OptimizerState, redraw
-from jaxft.partition import (
-    Roles,
-    Selector,
-    Tuned,
-    combine,
-    has_marks,
-    layer_mask,
-    masked_node,
-    select,
-    shape_of,
-    split,
-    weights_by_path,
-)
+from jaxft.partition import Roles, Selector, has_marks, select, shape_of, weights_by_path
 from jaxft.weights import Split, Tree, is_node, num_layers
-
-LayerMasks = dict[str, np.ndarray]
-Draw = Callable[[np.random.Generator, LayerMasks | None], LayerMasks]
-"""`(generator, previous masks or None) -> masks by path`, keeping each path's number of trained layers."""
 
 
 def generator(rng: PRNGKeyArray) -> np.random.Generator:
@@ -84,52 +59,6 @@ def layer_counts(params: Tree, roles: Roles) -> int:
             "kept apart with jaxft.stack_layers"
         )
     return num_layers(stacked[0])
-
-
-def layer_selection(
-    first_draw: Callable[[Tree, Roles], Draw],
-    *,
-    due: Callable[[int, int], bool] | None = None,
-    optimizer_state: OptimizerState = "reset",
-    also: Callable[[PRNGKeyArray, Tree, Roles], Tree] | None = None,
-) -> Method:
-    """A method that trains some layers of stacked leaves, re-drawn when `due`.
-
-    Args:
-        first_draw: `(params, roles) -> draw`; the draw names the stacked array leaves it covers.
-        due: when to draw again; never by default.
-        optimizer_state: at a new draw, `reset` restarts the optimizer's moments (and their step count) everywhere,
-            as a fresh optimizer would; `carry` moves the moments along with the layers that keep training and starts
-            the others at zero.
-        also: rewrites and marks what else trains (embeddings, heads).
-    """
-
-    def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
-        draw = first_draw(params, probe.roles)
-        masks = draw(generator(fold_in(rng, 0)), None)
-        if not masks:
-            raise JaxftError("no stacked leaf is left to select layers of: earlier methods of the chain took them all")
-
-        def cut(path: str, w: Any) -> Any:
-            return masked_node(w, layer_mask(masks[path], w.shape), stacked=True, path=path)
-
-        params = rewrite(params, list(masks), cut, roles=probe.roles, nodes=False)
-        if also is not None:
-            params = also(fold_in(rng, 1), params, probe.roles)
-        # The splits of this method, by path: those of other methods in a chain are not its to re-draw.
-        counts = {p: int(m.sum()) for p, m in masks.items() if 0 < m.sum() < m.size}
-        return split(params, {p: jnp.asarray(k, jnp.int32) for p, k in counts.items()})
-
-    def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
-        params = combine(tuned)
-        weights = {p: w for p, w in weights_by_path(params).items() if isinstance(w, Split) and p in tuned.state}
-        before = {p: np.asarray(w.is_trainable) for p, w in weights.items()}
-        draw = first_draw(params, signals.probe.roles)
-        masks = {p: m for p, m in draw(generator(rng), before).items() if p in weights}
-        masks = {p: jnp.asarray(m) for p, m in masks.items()}
-        return redraw(tuned, opt_state, masks, signals, optimizer_state=optimizer_state)
-
-    return Method(init, update=update if due else None, due=due)
 
 
 def every(period: int) -> Callable[[int, int], bool]:

@@ -1,22 +1,13 @@
 """LISA: layerwise importance-sampled AdamW."""
 
-import numpy as np
-from jaxtyping import PRNGKeyArray
-
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, rewrite
+from jaxft.methods.base import Method, chain
 from jaxft.methods.registry import register
-from jaxft.methods.selection.layers import (
-    Draw,
-    LayerMasks,
-    OptimizerState,
-    every,
-    layer_counts,
-    layer_selection,
-    stacked_arrays,
-)
-from jaxft.partition import Roles, Trains, select
-from jaxft.weights import Tree
+from jaxft.methods.selection.full import full
+from jaxft.methods.selection.layers import every
+from jaxft.methods.selection.redraw import OptimizerState
+from jaxft.methods.selection.scores import random
+from jaxft.methods.selection.select import selection
 
 
 @register(
@@ -51,23 +42,12 @@ def lisa(
     if num_layers < 1 or period < 1:
         raise JaxftError(f"lisa: num_layers={num_layers} and period={period} must be at least 1")
 
-    def first_draw(params: Tree, roles: Roles) -> Draw:
-        total = layer_counts(params, roles)
-        if num_layers > total:
-            raise JaxftError(f"lisa: num_layers={num_layers}, but the model has {total} layers")
-        paths = stacked_arrays(params, list(roles.stacked), roles)
-
-        def draw(rng: np.random.Generator, before: LayerMasks | None) -> LayerMasks:
-            train = rng.permutation(total) < num_layers
-            return dict.fromkeys(paths, train)
-
-        return draw
-
-    def also(rng: PRNGKeyArray, params: Tree, roles: Roles) -> Tree:
-        found = select(params, always, roles=roles, allow_empty=True) if always else {}
-        for path, layers in found.items():
-            if layers is not True:
-                raise JaxftError(f'lisa: always="{always}" names some layers of "{path}": name whole weights')
-        return rewrite(params, list(found), lambda _, w: Trains(w), roles=roles, nodes=False) if found else params
-
-    return layer_selection(first_draw, due=every(period), optimizer_state=optimizer_state, also=also)
+    layers = selection(
+        random(),
+        granularity="layer",
+        budget=num_layers,
+        on=None,
+        due=every(period),
+        optimizer_state=optimizer_state,
+    )
+    return chain(full(always, missing="skip"), layers) if always else layers

@@ -12,6 +12,7 @@ from jaxft.methods.base import Signals, map_moments, restart_moments, update_lik
 from jaxft.partition import Trains, Tuned, combine, map_weights, mark, split, weights_by_path
 from jaxft.weights import (
     BlockSplit,
+    Packed,
     RowSplit,
     SparseDelta,
     Split,
@@ -20,6 +21,7 @@ from jaxft.weights import (
     gather_rows,
     is_node,
     materialize,
+    repack,
     resplit,
 )
 
@@ -44,7 +46,8 @@ def redraw(
 
     Args:
         new: by path, the new indices of a `SparseDelta`, `RowSplit` or `BlockSplit` (of the shape of the old, padding
-            allowed), or the new mask `bool[L]` of a `Split` (with as many true entries).
+            allowed), or the new mask `bool[L]` of a `Split` (with as many true entries). Where the trained part is
+            `Packed`, the indices of a layer stand where its old ones stood, or some of them.
         signals: those of the update; `donate` and `optimizer` are used.
         values: what a unit that stops training keeps: its value (`fold`), or the one before it trained (`rewind`).
             A unit that goes on keeps its value and its precision, one that starts does so from the frozen value.
@@ -89,14 +92,18 @@ def _redraw(
             if path not in new:
                 return m
             field = "trainable" if isinstance(m, Split) else PARTS[type(m)][0]
-            moment = getattr(m, field)
-            if moment is None:  # this part of the optimizer does not treat this leaf
+            moment, fresh = getattr(m, field), getattr(begin[path], field)
+            if not jax.tree.leaves(moment):  # this part of the optimizer does not treat this leaf
                 return m
-            fresh = getattr(begin[path], field)
             if isinstance(m, Split):
                 return m.replace(trainable=_follow_layers(moment, old[path], new[path], fresh))
             at, there = _found(old[path], new[path])
-            return m.replace(**{field: _follow(moment, at, there, unit_axis(old[path]), fresh)})
+            moment, fresh = (_windows(x, like=getattr(old[path], field)) for x in (moment, fresh))
+            moved = _follow(moment, at, there, unit_axis(old[path]), fresh)
+            moved = _held_like(getattr(old[path], field), moved, new[path] < num_units(old[path]))
+            if isinstance(moved, Packed):
+                moved = moved.replace(start=None)
+            return m.replace(**{field: moved})
 
         return map_weights(one, moments)
 
@@ -131,6 +138,15 @@ def num_units(w: UnitNode) -> int:
     return entries // (w.blocks.shape[-2] * w.blocks.shape[-1]) if isinstance(w, BlockSplit) else entries
 
 
+def _windows(part: Array | Packed, like: Array | Packed) -> Array:
+    """`part`, as it is, or unpacked as `like` is; a moment has holes where `like` has starts."""
+    return materialize(part.replace(start=like.start)) if isinstance(like, Packed) else part
+
+
+def _held_like(part: Array | Packed, windows: Array, own: Bool[Array, "*layers k"]) -> Array | Packed:
+    return repack(part, windows, own) if isinstance(part, Packed) else windows
+
+
 def _found(w: UnitNode, new: Int[Array, "*layers k"]) -> tuple[Int[Array, "*layers k"], Bool[Array, "*layers k"]]:
     """Where each new index is among the old ones, and whether it is there at all."""
     return positions_in(getattr(w, PARTS[type(w)][1]), new, num_units(w))
@@ -155,26 +171,27 @@ def _follow(array: Array, at: Array, there: Array, axis: int, fresh: Array | int
 
 def _reindex(w: UnitNode, new: Array, fold: bool) -> UnitNode:
     field, where = PARTS[type(w)]
-    values, axis = getattr(w, field), unit_axis(w)
+    part, axis, n = getattr(w, field), unit_axis(w), num_units(w)
+    values = materialize(part)
     at, stays = _found(w, new)
-    kept = _follow(values, at, stays, axis)
+    trained = _follow(values, at, stays, axis)
     if isinstance(w, SparseDelta):
         if fold:
-            _, goes_on = positions_in(new, w.indices, num_units(w))
+            _, goes_on = positions_in(new, w.indices, n)
             base = materialize(w.replace(values=jnp.where(goes_on, 0, values)))
         else:
             base = w.base
-        return SparseDelta(base, Trains(kept), new)
-    base = materialize(w) if fold else w.base
-    dense = base if fold else materialize(base)
-    if isinstance(w, RowSplit):
-        fresh = gather_rows(dense, new, w.axis)
     else:
-        p, q = values.shape[-2:]
-        take = lambda m, i: gather_blocks(m, i, p, q)  # noqa: E731
-        fresh = (jax.vmap(take) if new.ndim > 1 else take)(dense, new)
-    shape = [1] * values.ndim
-    shape[: new.ndim - 1] = new.shape[:-1]
-    shape[axis] = new.shape[-1]
-    trained = jnp.where(stays.reshape(shape), kept, fresh.astype(values.dtype))
-    return w.replace(base=base, **{field: Trains(trained), where: new})
+        base = materialize(w) if fold else w.base
+        dense = base if fold else materialize(base)
+        if isinstance(w, RowSplit):
+            fresh = gather_rows(dense, new, w.axis)
+        else:
+            fresh = gather_blocks(dense, new, *values.shape[-2:])
+        shape = [1] * values.ndim
+        shape[: new.ndim - 1] = new.shape[:-1]
+        shape[axis] = new.shape[-1]
+        trained = jnp.where(stays.reshape(shape), trained, fresh.astype(values.dtype))
+    held = _held_like(part, trained, new < n)
+    marked = held.replace(values=Trains(held.values)) if isinstance(held, Packed) else Trains(held)
+    return w.replace(base=base, **{field: marked, where: new})

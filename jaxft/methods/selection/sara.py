@@ -48,7 +48,7 @@ def sara(budget: float | int = 0.1, adjustments: int = 1, nuclear: float = 5e-4,
     """
     if adjustments < 0 or nuclear < 0:
         raise JaxftError(f"sara: adjustments={adjustments} and nuclear={nuclear} must not be negative")
-    start = selection(magnitude(), lowest=True, budget=budget, per="model", on=on, redrawn=True)
+    start = selection(magnitude(), lowest=True, budget=budget, per="model", on=on)
 
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
         tuned = start.init(rng, params, probe)
@@ -82,13 +82,13 @@ def _entries(w: SparseDelta) -> Array:
     """The weights at the positions of a sparse delta; zero at padding."""
     dense = materialize(w.base) if is_node(w.base) else w.base
     take = jax.vmap(gather_flat) if w.indices.ndim > 1 else gather_flat
-    return take(dense, w.indices).astype(jnp.float32) + w.values
+    return take(dense, w.indices).astype(jnp.float32) + materialize(w.values)
 
 
 @jax.jit
 def still_small(w: SparseDelta, threshold: Array) -> Array:
-    """The indices whose weight is at most `threshold` in magnitude, ascending; the others become padding."""
-    return jnp.sort(jnp.where(jnp.abs(_entries(w)) <= threshold, w.indices, num_units(w)), axis=-1)
+    """The indices of which those whose weight exceeds `threshold` in magnitude have become padding."""
+    return jnp.where(jnp.abs(_entries(w)) <= threshold, w.indices, num_units(w))
 
 
 @jax.custom_jvp

@@ -1,34 +1,50 @@
 """Scores: what makes an entry worth training. Each is a pure function of weights and probe; the highest train."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+import pydantic
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.methods.base import path_key
 from jaxft.methods.probe import Probe
 from jaxft.methods.selection.full import full
-from jaxft.methods.selection.units import best_of_all, budget_count, check_choice
-from jaxft.partition import weights_by_path
-from jaxft.weights import Tree, materialize
+from jaxft.methods.selection.layers import balanced_draw, generator, spread
+from jaxft.methods.selection.units import check_choice
+from jaxft.partition import select, weights_by_path
+from jaxft.weights import Split, Tree, Weight, materialize
 
-__all__ = ["SCORES", "Candidates", "Score", "budget_count", "make_score", "top_k_masks"]
+
+class Dense(Mapping[str, Array]):
+    """Weights by path as dense arrays, each made when it is asked for: a score that needs none makes none."""
+
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, path: str) -> Array:
+        return materialize(self._weights[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class Candidates(NamedTuple):
     """What may train.
 
-    weights: dense arrays by path.
+    weights: dense arrays by path (`Dense`).
     params: the whole model, without marks: what passes over data run on.
     units: `[pools, n]`, the shape of the units that are chosen from, by path.
     """
 
-    weights: dict[str, Array]
+    weights: Mapping[str, Array]
     params: Tree
     units: dict[str, tuple[int, int]]
 
@@ -46,6 +62,93 @@ def random() -> Score:
             return {p: jax.random.uniform(path_key(rng, p), shape) for p, shape in candidates.units.items()}
 
     return score
+
+
+def balanced(fraction: float = 0.5) -> Score:
+    """1 for a random `fraction` of the matrices of each category, 0 for the others (HFT), the same part of every layer
+    and of every leaf, to the next whole number: give the budget the same fraction and share it `per` category.
+
+    When drawn again, every leaf has as many as it has now.
+    """
+    if not 0 < fraction < 1:
+        raise JaxftError(f"score balanced: fraction={fraction} must lie between 0 and 1 (exclusive)")
+
+    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+        _only_whole("balanced", candidates)
+        draws, params = generator(rng), candidates.params
+        found: dict[str, np.ndarray] = {}
+        groups = [select(params, s, roles=probe.roles, allow_empty=True) for s in probe.roles.categories.values()]
+        inside = {p for group in groups for p in group}
+        for group in [*groups, *([p] for p in candidates.units if p not in inside)]:
+            paths = [p for p in group if p in candidates.units]
+            if not paths:
+                continue
+            layers, before = candidates.units[paths[0]][0], [layers_now(params, p) for p in paths]
+            counts = [int(mask.sum()) for mask in before if mask is not None]
+            if len(counts) < len(paths):
+                columns = spread(round(layers * len(paths) * fraction), len(paths), draws)
+            else:
+                columns = np.array(counts, int)
+            drawn = balanced_draw(draws, spread(columns.sum(), layers, draws), columns)
+            found |= {p: drawn[:, [i]] for i, p in enumerate(paths)}
+        return _values(found)
+
+    return score
+
+
+Order = Literal["ascending", "descending", "random"]
+
+
+def cyclic(order: Order = "ascending", start: int | None = None) -> Score:
+    """The sooner the turn of a layer, the higher (BAdam): after the layers that train now come those behind them,
+    or in front of them, or a random one of the others."""
+    check_choice("score cyclic: order", order, Order)
+
+    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+        _only_whole("cyclic", candidates)
+        found = {}
+        for path, (layers, _) in candidates.units.items():
+            if start is not None and not 0 <= start < layers:
+                raise JaxftError(f"score cyclic: start={start}, but the layers are 0 to {layers - 1}")
+            now = layers_now(candidates.params, path)
+            wait = _wait(layers, order, start, now, generator(rng))
+            found[path] = -wait[:, None]
+        return _values(found)
+
+    return score
+
+
+def _wait(
+    layers: int, order: Order, start: int | None, now: np.ndarray | None, draws: np.random.Generator
+) -> np.ndarray:
+    """How many turns each layer waits."""
+    if order == "random":
+        wait = draws.permutation(layers) + 1
+        if now is not None:
+            return wait + layers * now
+        return wait if start is None else np.where(np.arange(layers) == start, 0, wait)
+    step = 1 if order == "ascending" else -1
+    first = (0 if step > 0 else layers - 1) if start is None else start
+    if now is not None:  # behind the last of the run of layers that train
+        first = np.flatnonzero(now & ~np.roll(now, -step))[0] + step
+    return (step * (np.arange(layers) - first)) % layers
+
+
+def _values(scores: dict[str, np.ndarray]) -> dict[str, Array]:
+    with jax.ensure_compile_time_eval():
+        return {p: jnp.asarray(s, jnp.float32) for p, s in scores.items()}
+
+
+def layers_now(params: Tree, path: str) -> Bool[np.ndarray, " layers"] | None:
+    """Which layers of a leaf train now; None where nothing has been drawn yet."""
+    w = weights_by_path(params)[path]
+    return np.asarray(w.is_trainable) if isinstance(w, Split) else None
+
+
+def _only_whole(name: str, candidates: Candidates) -> None:
+    for path, (_, n) in candidates.units.items():
+        if n != 1:
+            raise JaxftError(f'score {name} is of whole matrices or layers, and "{path}" has {n} units in each layer')
 
 
 def magnitude() -> Score:
@@ -165,6 +268,8 @@ def gate(kind: GateKind = "token", batches: int = 8) -> Score:
 
 SCORES: dict[str, Callable[..., Score]] = {
     "random": random,
+    "balanced": balanced,
+    "cyclic": cyclic,
     "magnitude": magnitude,
     "gradient": gradient,
     "absolute_gradient": absolute_gradient,
@@ -193,17 +298,11 @@ def make_score(spec: str | dict[str, Any] | Score) -> Score:
     for option in options:
         if option not in known:
             raise JaxftError(f'score "{name}" has no option "{option}": {nearest(option, known)}')
-    return SCORES[name](**options)
-
-
-def top_k_masks(scores: dict[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
-    """Masks of exactly the `k` highest scores over all weights together; ties go to the earlier entry.
-
-    Raises:
-        JaxftError: `k` is not between 1 and the number of entries.
-    """
-    total = sum(s.size for s in scores.values())
-    if not 1 <= k <= total:
-        raise JaxftError(f"a budget of {k} entries does not fit the {total} entries selected: it must be 1 to {total}")
-    masks = best_of_all({p: jnp.asarray(s).reshape(1, -1) for p, s in scores.items()}, k)
-    return {p: np.asarray(m).reshape(scores[p].shape) for p, m in masks.items()}
+    hints = get_type_hints(SCORES[name])
+    fields: dict[str, Any] = {option: (hints[option], known[option].default) for option in known}
+    try:
+        checked = pydantic.create_model(f"{name}_options", **fields)(**options)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise JaxftError(f'score "{name}", option {first["loc"][0]}={first["input"]!r}: {first["msg"]}') from None
+    return SCORES[name](**{option: getattr(checked, option) for option in options})

@@ -13,17 +13,19 @@ from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, Signals, fold_in, rewrite
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
-from jaxft.methods.selection.layers import at_rounds, every
-from jaxft.methods.selection.redraw import PARTS, OptimizerState, Values, num_units, redraw
-from jaxft.methods.selection.scores import Candidates, Score, make_score
+from jaxft.methods.selection.layers import at_rounds, every, layer_counts
+from jaxft.methods.selection.redraw import PARTS, OptimizerState, UnitNode, Values, num_units, redraw, unit_axis
+from jaxft.methods.selection.scores import Candidates, Dense, Score, make_score
 from jaxft.methods.selection.units import (
     WITHIN,
     Budget,
+    Cover,
     Granularity,
     Per,
     Reduction,
     best_in_rows,
     check_choice,
+    make_budget,
     positions,
     reduce_to_units,
     spend,
@@ -71,7 +73,7 @@ from jaxft.weights import (
 def select(
     score: str | dict[str, Any] | Callable = "magnitude",
     granularity: Granularity = "element",
-    budget: float | int = 0.05,
+    budget: float | int | dict[str, float] = 0.05,
     per: Per | None = None,
     on: str = "@linear",
     size: int = 1,
@@ -94,7 +96,9 @@ def select(
             `(rng, candidates, probe) -> scores by path`.
         granularity: what is chosen as a whole: element, row (input channel), column (output channel), block, expert
             (its matrix in a mixture), matrix (of one layer), layer (all its matrices), leaf (all its layers).
-        budget: how much of each pool trains: a fraction below 1, or a number of units.
+        budget: how much of each pool trains: a fraction below 1, a number of units, `{rank: r}` (as many entries of a
+            matrix as a low-rank update of rank r has), or `{cover: share}` (the fewest units of a matrix whose scores
+            make up that share of all).
         per: what shares one budget: the units of a matrix (the default within matrices), of a leaf, of a layer, of a
             category, or of the model (the default for whole matrices, layers and leaves).
         on: selector of the candidates.
@@ -106,12 +110,14 @@ def select(
         values: what a unit that stops training keeps: `fold` its trained value, `rewind` the one it started from.
         optimizer_state: at a new draw, `carry` keeps the moments of what goes on training, `reset` restarts all.
     """
-    if period < 0 or rounds < 1 or (period and rounds > 1):
+    if period < 0 or rounds < 1:
+        raise JaxftError(f"select: period={period} must be at least 0 (draw once), rounds={rounds} at least 1")
+    if period and rounds > 1:
         raise JaxftError(f"select: period={period}, rounds={rounds}: give a period in steps or rounds, not both")
     return selection(
         make_score(score),
         granularity=granularity,
-        budget=budget,
+        budget=make_budget(budget),
         per=per,
         on=on,
         size=size,
@@ -129,24 +135,23 @@ def selection(
     granularity: Granularity = "element",
     budget: Budget = 0.05,
     per: Per | None = None,
-    on: Selector = "@linear",
+    on: Selector | None = "@linear",
     size: int = 1,
     reduction: Reduction = "mean",
     lowest: bool = False,
     due: Callable[[int, int], bool] | None = None,
-    redrawn: bool = False,
     values: Values = "fold",
     optimizer_state: OptimizerState = "carry",
 ) -> Method:
-    """What `select` is made of, for presets: the budget may be a function of a matrix's shape, the schedule any `due`.
+    """What `select` is made of, for presets: the budget may be a function of a matrix's shape, the schedule any `due`,
+    and `on=None` are all stacked leaves.
 
-    `redrawn` says that the preset draws again by itself. Otherwise, and without `due`, layers of very different counts
-    are packed end to end instead of padded to the longest (`Packed`).
+    Layers of very different counts are packed end to end instead of padded to the longest (`Packed`).
 
     Raises:
         JaxftError: choices that do not go together.
     """
-    per = _check(granularity, per, size, due, values)
+    per = _check(granularity, per, size, due, values, budget, lowest)
     measure = Measure(score, granularity, size, reduction, lowest)
 
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
@@ -156,7 +161,7 @@ def selection(
             mask, k = chosen[path]
             stacked = probe.roles.is_stacked(path)
             if granularity in WITHIN:
-                return cut_units(w, positions(mask, k), granularity, size, stacked, packed=due is None and not redrawn)
+                return cut_units(w, positions(mask, k), granularity, size, stacked)
             return cut_layers(w, mask[:, 0]) if stacked and granularity != "leaf" else Trains(w)
 
         tuned = split(rewrite(params, list(chosen), cut, roles=probe.roles))
@@ -167,7 +172,7 @@ def selection(
     def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
         params = combine(tuned)
         nodes = {p: w for p, w in weights_by_path(params).items() if p in tuned.state}
-        scores = measure.units(rng, {p: materialize(w) for p, w in nodes.items()}, params, signals.probe)
+        scores = measure.units(rng, nodes, params, signals.probe) if nodes else {}
         if granularity == "layer":
             scores = dict.fromkeys(nodes, sum(scores.values()))
         new = {p: draw_again(w, scores[p], size) for p, w in nodes.items()}
@@ -185,12 +190,12 @@ class Measure(NamedTuple):
     reduction: Reduction = "mean"
     lowest: bool = False
 
-    def units(self, rng: PRNGKeyArray, dense: dict[str, Array], params: Tree, probe: Probe) -> dict[str, Array]:
-        """Scores `[pools, n]` of the units of dense weights, by path; the highest train."""
-        stacked = {p: probe.roles.is_stacked(p) for p in dense}
-        shapes = {p: unit_shape(self.granularity, tuple(w.shape), stacked[p], self.size, p) for p, w in dense.items()}
+    def units(self, rng: PRNGKeyArray, weights: dict[str, Weight], params: Tree, probe: Probe) -> dict[str, Array]:
+        """Scores `[pools, n]` of the units of weights, by path; the highest train."""
+        stacked = {p: probe.roles.is_stacked(p) for p in weights}
+        shapes = {p: unit_shape(self.granularity, shape_of(w), stacked[p], self.size, p) for p, w in weights.items()}
         found = {}
-        for path, s in self.score(rng, Candidates(dense, params, shapes), probe).items():
+        for path, s in self.score(rng, Candidates(Dense(weights), params, shapes), probe).items():
             if s.shape != shapes[path]:
                 s = reduce_to_units(s, self.granularity, stacked[path], self.size, self.reduction)
             found[path] = -s if self.lowest else s
@@ -204,7 +209,7 @@ def choose(
     measure: Measure,
     budget: Budget,
     per: Per,
-    on: Selector,
+    on: Selector | None,
     *,
     keep_empty: bool = False,
 ) -> dict[str, tuple[Array, int]]:
@@ -214,25 +219,26 @@ def choose(
     """
     paths, allowed = _candidates(params, on, probe.roles, measure.granularity)
     weights = weights_by_path(params)
-    dense = {p: materialize(weights[p]) for p in paths}
-    scores = measure.units(fold_in(rng, 0), dense, unmarked(params), probe)
-    matrices = {p: tuple(w.shape[probe.roles.is_stacked(p) :]) for p, w in dense.items()}
+    scores = measure.units(fold_in(rng, 0), {p: weights[p] for p in paths}, unmarked(params), probe)
+    matrices = {p: shape_of(weights[p])[probe.roles.is_stacked(p) :] for p in paths}
+    units = {"element": "entries", "matrix": "matrices", "leaf": "leaves"}.get(measure.granularity)
+    units = units or f"{measure.granularity}s"
     traced = any(isinstance(s, jax.core.Tracer) for s in scores.values())
     # Random scores are values also where `init` is traced over abstract weights: so is what they choose.
     with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
         if measure.granularity == "layer":
             whole = {"layer": sum(scores.values())}
             every = {"layer": np.logical_and.reduce(list(allowed.values()))}
-            chosen = dict.fromkeys(paths, spend(whole, every, budget, "leaf", {}, {})["layer"])
+            chosen = dict.fromkeys(paths, spend(whole, every, budget, "leaf", {}, {}, units)["layer"])
         else:
-            chosen = spend(scores, allowed, budget, per, _categories(probe.roles, params), matrices)
+            chosen = spend(scores, allowed, budget, per, _categories(probe.roles, params), matrices, units)
     return {p: (mask, k) for p, (mask, k) in chosen.items() if k or keep_empty}
 
 
-def _check(granularity: str, per: Per | None, size: int, due: object, values: str) -> Per:
+def _check(granularity: str, per: Per | None, size: int, due: object, values: str, budget: Budget, lowest: bool) -> Per:
     check_choice("granularity", granularity, Granularity)
     if size < 1 or (size > 1 and granularity not in ("row", "column", "block")):
-        raise JaxftError(f"size={size} goes with rows, columns and blocks and is at least 1, not with {granularity}s")
+        raise JaxftError(f"size={size} must be at least 1, and other than 1 for rows, columns and blocks only")
     fitting: dict[str, tuple[Per, ...]] = {
         "matrix": ("leaf", "layer", "category", "model"),
         "layer": ("model",),
@@ -242,6 +248,12 @@ def _check(granularity: str, per: Per | None, size: int, due: object, values: st
     per = per or ("matrix" if granularity in WITHIN else "model")
     if per not in fits:
         raise JaxftError(f'per="{per}" does not go with granularity="{granularity}": expected one of {", ".join(fits)}')
+    if isinstance(budget, Cover) and (lowest or per != "matrix"):
+        raise JaxftError(
+            "budget {cover: share} is of the highest scores of each matrix: not with lowest, nor another per"
+        )
+    if callable(budget) and granularity != "element":
+        raise JaxftError(f"budget {{rank: r}} counts entries and goes with granularity element, not {granularity}")
     if due and granularity == "leaf":
         raise JaxftError("which leaves train is structure and cannot be drawn again: use granularity matrix or layer")
     if due and values == "rewind" and granularity not in WITHIN:
@@ -249,9 +261,14 @@ def _check(granularity: str, per: Per | None, size: int, due: object, values: st
     return per
 
 
-def _candidates(params: Tree, on: Selector, roles: Roles, granularity: str) -> tuple[list[str], dict[str, np.ndarray]]:
+def _candidates(
+    params: Tree, on: Selector | None, roles: Roles, granularity: str
+) -> tuple[list[str], dict[str, np.ndarray]]:
     """The paths that may be cut, and their layers that may train."""
     weights = weights_by_path(params)
+    if on is None:
+        layer_counts(params, roles)
+        on = list(roles.stacked)
     found = select_paths(params, on, roles=roles)
 
     def fits(w: Weight) -> bool:
@@ -288,34 +305,39 @@ WASTE = 1.25  # rows longer than this, over the units in them, are packed,
 WORTH = 1024  # if that saves so many entries
 
 
-def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool, *, packed: bool = False) -> Weight:
+def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> Weight:
     """The node that trains the units at `index [pools, k]` of a weight, with its mark; packed if that saves much."""
-    index = index if stacked else index[0]
     cut = _cut_units(w, index, granularity, size, stacked)
-    if not (packed and stacked and isinstance(cut, SparseDelta | BlockSplit)) or isinstance(index, jax.core.Tracer):
+    field, where = PARTS[type(cut)]
+    index = getattr(cut, where)
+    if not stacked or isinstance(index, jax.core.Tracer):
         return cut
     if not (index.is_fully_addressable or index.is_fully_replicated):
         return cut  # packing is done on the host, which does not see it
-    n, rows = num_units(unmarked(cut)), np.asarray(index)
-    field, where = PARTS[type(cut)]
+    n, rows = num_units(unmarked(cut)), np.asarray(index).reshape(-1, index.shape[-1])
     trained, count = getattr(cut, field).value, int((rows < n).sum())
     if rows.size <= WASTE * count or trained.size * (1 - count / rows.size) < WORTH:
         return cut
     windows, start, held = pack(rows, n)
-    flat = trained.reshape(-1, *trained.shape[2:])[held]
+    axis = unit_axis(cut)
+    first = jnp.moveaxis(trained, axis, index.ndim - 1)
+    flat = first.reshape(-1, *first.shape[index.ndim :])[held]
     # Some zeros at the end, where they are few, so that the array divides over a mesh.
     length = next(n for unit in (256, 16, 1) if (n := -(-held.size // unit) * unit) <= 1.02 * held.size)
-    flat = jnp.pad(flat, ((0, length - held.size), *((0, 0),) * (flat.ndim - 1)))
-    return cut.replace(**{field: Packed(Trains(flat), jnp.asarray(start), rows.shape[1]), where: jnp.asarray(windows)})
+    flat = jnp.moveaxis(jnp.pad(flat, ((0, length - held.size), *((0, 0),) * (flat.ndim - 1))), 0, axis)
+    start = jnp.asarray(start.reshape(index.shape[:-1]))
+    trained = Packed(Trains(flat), start, index.shape[-1], axis % flat.ndim)
+    return cut.replace(**{field: trained, where: jnp.asarray(windows.reshape(index.shape))})
 
 
-def _cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> Weight:
+def _cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> UnitNode:
+    stack = shape_of(w)[:-2] if granularity in ("row", "column", "block") else shape_of(w)[:stacked]
+    index = index.reshape(*stack, index.shape[-1])
     if granularity == "element":
         return SparseDelta(w, Trains(jnp.zeros(index.shape, jnp.float32)), index)
     dense = materialize(w)
     if granularity == "block":
-        take = lambda m, i: gather_blocks(m, i, size, size)  # noqa: E731
-        return BlockSplit(w, Trains((jax.vmap(take) if stacked else take)(dense, index)), index)
+        return BlockSplit(w, Trains(gather_blocks(dense, index, size, size)), index)
     axis, index = {"row": -2, "column": -1, "expert": -3}[granularity], spell_out(index, size)
     return RowSplit(w, Trains(gather_rows(dense, index, axis)), index, axis)
 
@@ -335,14 +357,14 @@ def spell_out(index: Array, size: int) -> Array:
     return slices.reshape(*index.shape[:-1], -1)
 
 
-def draw_again(w: Weight, scores: Array, size: int = 1, *, counts: Array | None = None) -> Array:
-    """The best units of every matrix, as many as now (or `counts [pools]`): new indices, or a mask for a `Split`."""
+def draw_again(w: Weight, scores: Array, size: int = 1) -> Array:
+    """The best units of every matrix, as many as now: new indices, or a mask for a `Split`."""
     if isinstance(w, Split):
         return best_in_rows(scores.reshape(1, -1), w.is_trainable.sum(dtype=jnp.int32)[None])[0]
     index = getattr(w, PARTS[type(w)][1])
     rows = index.reshape(-1, index.shape[-1])
-    group = size if isinstance(w, RowSplit) else 1
-    if counts is None:
-        counts = (rows < num_units(w)).sum(-1, dtype=jnp.int32) // group
-    best = positions(best_in_rows(scores, counts), rows.shape[-1] // group)
-    return spell_out(best, group).reshape(index.shape) if group > 1 else best.reshape(index.shape)
+    group, held = size if isinstance(w, RowSplit) else 1, rows < num_units(w)
+    counts = held.sum(-1, dtype=jnp.int32) // group
+    best = spell_out(positions(best_in_rows(scores, counts), rows.shape[-1] // group), group)
+    # Where the old ones stand: what is packed has its place in a window.
+    return jax.vmap(jnp.roll)(best, jnp.argmax(held, axis=-1)).reshape(index.shape)

@@ -7,6 +7,7 @@ from jaxft.methods.base import Method
 from jaxft.methods.registry import register
 from jaxft.methods.selection.scores import make_score
 from jaxft.methods.selection.select import selection
+from jaxft.methods.selection.units import entries_of_rank
 
 Mask = Literal["random", "magnitude", "gradient", "first_order"]
 
@@ -40,6 +41,6 @@ def shira(rank: int = 32, mask: Mask = "random", batches: int = 1, on: str = "@l
     needs_data = mask in ("gradient", "first_order")
     return selection(
         make_score({"name": mask, "batches": batches} if needs_data else mask),
-        budget=lambda shape: min(rank * sum(shape), shape[0] * shape[1]) if len(shape) == 2 else shape[0],
+        budget=entries_of_rank(rank),
         on=on,
     )

@@ -34,8 +34,9 @@ def spafit(
     A chain of BitFit and LoRA, each on its layers: biases `Split [L - a, d]`, factors `Split [L - b, d, rank]`.
 
     Notes:
-        The paper tunes encoders with a new classifier head; a language model has none, so nothing else trains.
-        Projections without a bias get a zero one. Boundaries (0, 0) are BitFit and LoRA on all layers.
+        No public implementation is known. The paper tunes encoders with a new classifier head; a language model has
+        none, so nothing else trains. Projections without a bias get a zero one. Boundaries (0, 0) are BitFit and LoRA
+        on all layers.
 
     Args:
         frozen: a, the first layer whose biases train: a number of layers from 1 on, a fraction below 1.

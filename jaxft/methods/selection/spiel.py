@@ -1,7 +1,6 @@
 """SpIEL: sparse tuning whose positions move to where the gradient is."""
 
 import functools
-import math
 from typing import Any, Literal
 
 import jax
@@ -12,12 +11,12 @@ from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, Signals
 from jaxft.methods.registry import register
 from jaxft.methods.selection.layers import every
-from jaxft.methods.selection.redraw import redraw
+from jaxft.methods.selection.redraw import num_units, redraw
 from jaxft.methods.selection.scores import gradient, random
 from jaxft.methods.selection.select import draw_again, selection
 from jaxft.methods.selection.units import best_in_rows
-from jaxft.partition import Tuned, combine, shape_of, weights_by_path
-from jaxft.weights import SparseDelta
+from jaxft.partition import Tuned, combine, weights_by_path
+from jaxft.weights import SparseDelta, materialize
 
 
 @register(
@@ -60,7 +59,7 @@ def spiel(
     """
     if not 0 < replaced < 1 or period < 1:
         raise JaxftError(f"spiel: replaced={replaced} must lie between 0 and 1, period={period} be at least 1")
-    first = selection(random() if start == "random" else gradient(batches), budget=budget, on=on, redrawn=True)
+    first = selection(random() if start == "random" else gradient(batches), budget=budget, on=on)
 
     def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
         params = combine(tuned)
@@ -75,15 +74,16 @@ def spiel(
 
 def regrow(w: SparseDelta, gradient: Array, share: float) -> Array:
     """New indices of a sparse delta: less a share of them, those of least |delta|, plus those of largest |gradient|."""
-    n = math.prod(shape_of(w)[w.indices.ndim - 1 :])
-    return _regrow(w, gradient, jnp.int32(share * w.indices.shape[-1]), n)
+    return _regrow(w, gradient, jnp.int32(share * w.indices.shape[-1]), num_units(w))
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _regrow(w: SparseDelta, gradient: Array, drop: Array, n: int) -> Array:
     index = w.indices.reshape(-1, w.indices.shape[-1])
-    size = jnp.abs(w.values).reshape(index.shape)
-    keep = best_in_rows(size, jnp.full(index.shape[0], index.shape[1], jnp.int32) - drop)
+    held = index < n
+    counts = held.sum(-1, dtype=jnp.int32)
+    size = jnp.where(held, jnp.abs(materialize(w.values)).reshape(index.shape), -1)
+    keep = best_in_rows(size, jnp.maximum(counts - drop, 0))
     scores = jnp.abs(gradient.astype(jnp.float32)).reshape(index.shape[0], n)
     kept = jnp.where(keep, index, n)
     scores = jax.vmap(lambda s, i: s.at[i].set(jnp.inf, mode="drop"))(scores, kept)

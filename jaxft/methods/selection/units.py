@@ -1,13 +1,14 @@
 """Granularity and budget: from scores of entries to units of weights, and from a budget to the units that train.
 
-Scores of units are arrays `[pools, n]`: a row for each layer of a stacked leaf (one row for any other leaf), a column
-for each unit in it. All choices are exact: k units are k units, ties go to the earlier one.
+Scores of units are arrays `[pools, n]`: a row for each layer of a stacked leaf (one row for any other leaf; one for the
+matrix of each expert of each layer where rows, columns or blocks of it are chosen), a column for each unit in it. All
+choices are exact: k units are k units, ties go to the earlier one.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxft.errors import JaxftError
+from jaxft.errors import JaxftError, nearest
 
 Granularity = Literal["element", "row", "column", "block", "expert", "matrix", "layer", "leaf"]
 """element: one entry. row, column: `size` consecutive input or output channels (a head, if `size` is its width).
@@ -23,7 +24,15 @@ block: `size x size` entries. expert: one matrix of the stack that a layer has o
 leaf. layer: a whole layer. leaf: all its layers."""
 
 Per = Literal["matrix", "leaf", "layer", "category", "model"]
-Budget = float | int | Callable[[tuple[int, ...]], int]
+
+
+class Cover(NamedTuple):
+    """A budget: of each matrix the fewest units whose scores sum up to `share` of all of them, or more."""
+
+    share: float
+
+
+Budget = float | int | Callable[[tuple[int, ...]], int] | Cover
 
 WITHIN = ("element", "row", "column", "block", "expert")
 REDUCTIONS: dict[str, Callable] = {
@@ -55,6 +64,8 @@ def unit_shape(granularity: str, shape: tuple[int, ...], stacked: bool, size: in
         if len(matrix) != 3:
             raise JaxftError(f'"{path}" of shape {shape} has no experts to choose from: select on: "@experts"')
         return pools, matrix[0]
+    if len(matrix) == 3:
+        pools, matrix = pools * matrix[0], matrix[1:]
     if len(matrix) != 2:
         raise JaxftError(
             f'"{path}" of shape {shape} has no {granularity}s to choose from: select matrices, e.g. on: "@linear"'
@@ -82,7 +93,9 @@ def reduce_to_units(
         return reduce(score.reshape(pools, -1), axis=-1)[:, None]
     if granularity == "expert":
         return reduce(score.reshape(pools, score.shape[1], -1), axis=-1)
-    d_in, d_out = score.shape[1:]
+    d_in, d_out = score.shape[-2:]
+    score = score.reshape(-1, d_in, d_out)
+    pools = score.shape[0]
     if granularity == "row":
         return reduce(score.reshape(pools, d_in // size, size * d_out), axis=-1)
     if granularity == "column":
@@ -179,18 +192,84 @@ def positions(mask: Bool[Array, "pools n"], k: int) -> Int[Array, "pools k"]:
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 
-def budget_count(budget: float | int, total: int) -> int:
-    """A budget as a count: below 1 it is a fraction of `total`, otherwise a number of entries.
+def make_budget(spec: float | int | Mapping[str, float] | Budget) -> Budget:
+    """A budget from a number, `{rank: r}` or `{cover: share}`, or as it is.
+
+    Raises:
+        JaxftError: it is none of these; the message names the nearest.
+    """
+    if not isinstance(spec, Mapping):
+        return spec
+    if len(spec) != 1 or not set(spec) <= {"rank", "cover"}:
+        known = nearest(str(next(iter(spec), "")), ("rank", "cover"))
+        raise JaxftError(f"budget={dict(spec)} is unknown: expected a number, {{rank: r}} or {{cover: share}}; {known}")
+    ((name, value),) = spec.items()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise JaxftError(f"budget {{{name}: {value!r}}}: expected a number")
+    if name == "cover":
+        if not 0 < value <= 1:
+            raise JaxftError(f"budget {{cover: {value}}} is not a share above 0 and up to 1")
+        return Cover(value)
+    if value < 1 or value != int(value):
+        raise JaxftError(f"budget {{rank: {value}}} is not a whole number from 1 on")
+    return entries_of_rank(int(value))
+
+
+def entries_of_rank(rank: int) -> Callable[[tuple[int, ...]], int]:
+    """The budget of entries that is as large as a low-rank update: rank (d_in + d_out) of a matrix, at most all of it;
+    all of a vector."""
+
+    def count(shape: tuple[int, ...]) -> int:
+        if len(shape) < 2:
+            return math.prod(shape)
+        return math.prod(shape[:-2]) * min(rank * (shape[-2] + shape[-1]), shape[-2] * shape[-1])
+
+    return count
+
+
+def budget_count(budget: float | int, total: int, units: str = "entries") -> int:
+    """A budget as a count: below 1 it is a fraction of `total`, otherwise a number of units.
 
     Raises:
         JaxftError: it is no positive number, not whole, nothing of `total`, or more than there is.
     """
+    if isinstance(budget, bool) or not math.isfinite(budget):
+        raise JaxftError(f"a budget of {budget} is no number of {units}: expected a fraction below 1 or a count")
+    if budget < 0:
+        raise JaxftError(f"a budget of {budget} is negative: expected a fraction below 1 or a count of {units}")
+    if isinstance(budget, float) and budget == 1:
+        raise JaxftError(
+            f"a budget of 1.0 may mean one of the {units} or all of them: write 1 for one, {total} for all, "
+            "or select whole weights with method full"
+        )
     count = round(budget * total) if budget < 1 else int(budget)
     if budget >= 1 and count != budget:
         raise JaxftError(f"a budget of {budget} is neither a fraction below 1 nor a whole number")
     if not 1 <= count <= total:
-        raise JaxftError(f"a budget of {budget} is {count} of {total} entries: expected one at least, all at most")
+        raise JaxftError(f"a budget of {budget} is {count} of {total} {units}: expected one at least, all at most")
     return count
+
+
+def covering(scores: Float[Array, "pools n"], share: float) -> Bool[np.ndarray, "pools n"]:
+    """In each row the highest scores, the fewest that sum up to `share` of the row or more; ties go to the earlier.
+
+    Scores of zero are never among them. Scores that are traced, when a run is planned without data, are taken to be
+    even: no others need as many units.
+
+    Raises:
+        JaxftError: a score is negative.
+    """
+    traced = isinstance(scores, jax.core.Tracer)
+    values = np.ones(scores.shape) if traced else np.asarray(scores, np.float64)
+    if (values < 0).any():
+        raise JaxftError("a budget {cover: share} needs scores that are not negative")
+    order = np.argsort(-values, axis=-1, kind="stable")
+    best = np.take_along_axis(values, order, -1)
+    before = np.cumsum(best, -1) - best
+    needed = (before < share * values.sum(-1, keepdims=True)) & (best > 0)
+    mask = np.zeros(values.shape, bool)
+    np.put_along_axis(mask, order, needed, -1)
+    return mask
 
 
 def spend(
@@ -200,60 +279,69 @@ def spend(
     per: Per,
     groups: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
+    units: str = "entries",
 ) -> dict[str, tuple[Bool[Array, "pools n"], int]]:
     """The units a budget buys, and the most that any row of a leaf got: path -> (mask, most).
 
     Args:
         scores: of the units, by path.
-        allowed: `bool[pools]` by path, the rows that may be chosen from.
-        budget: of each pool: a fraction below 1, a count, or (per matrix) a function of the shape of the matrix.
+        allowed: `bool[layers]` by path, the layers that may be chosen from; each has as many rows of `scores`.
+        budget: of each pool: a fraction below 1, a count, or (per matrix) `Cover` or a function of the shape.
         per: what shares one budget: the units of one matrix, of a leaf (all layers), of a layer (all leaves), of a
             category, or all.
         groups: the category of each path.
         shapes: of the matrices, by path, for a budget that is a function.
+        units: what units are called in messages.
 
     Raises:
         JaxftError: the budget is impossible.
         jax.errors.ConcretizationTypeError: scores are traced, and the budget is shared by several matrices, so that
             shapes depend on values.
     """
+    may = {p: np.repeat(allowed[p], s.shape[0] // allowed[p].size) for p, s in scores.items()}
     if per == "matrix":
-        chosen = {}
-        for path, s in scores.items():
-            k = budget_count(budget(shapes[path]) if callable(budget) else budget, s.shape[1])
-            chosen[path] = best_in_rows(s, jnp.asarray(np.where(allowed[path], k, 0), jnp.int32)), k
-        return chosen
-    if callable(budget):
+        return {p: _spend_on_matrices(s, may[p], budget, shapes.get(p, ()), units) for p, s in scores.items()}
+    if callable(budget) or isinstance(budget, Cover):
         raise JaxftError(f'a budget that depends on the matrix has to be spent per matrix, not per "{per}"')
     for path, s in scores.items():
         if isinstance(s, jax.core.Tracer):
             raise jax.errors.ConcretizationTypeError(s, f'a budget is shared by several matrices, among them "{path}"')
+    barred = {p: jnp.where(jnp.asarray(may[p])[:, None], s, -jnp.inf) for p, s in scores.items()}
     if per == "layer":
-        return _spend_per_layer(scores, allowed, budget)
-    pools: dict[str, dict[str, Array]] = {}
-    for path, s in scores.items():
-        pools.setdefault({"leaf": path, "category": groups.get(path, path), "model": ""}[per], {})[path] = s
+        return _spend_per_layer(barred, allowed, budget, units)
+    pools: dict[str, list[str]] = {}
+    for path in scores:
+        pools.setdefault({"leaf": path, "category": groups.get(path, path), "model": ""}[per], []).append(path)
     chosen = {}
-    for pool in pools.values():
-        total = sum(int(allowed[p].sum()) * s.shape[1] for p, s in pool.items())
-        barred = {p: jnp.where(jnp.asarray(allowed[p])[:, None], s, -jnp.inf) for p, s in pool.items()}
-        for path, mask in best_of_all(barred, budget_count(budget, total)).items():
+    for paths in pools.values():
+        total = sum(int(may[p].sum()) * scores[p].shape[1] for p in paths)
+        for path, mask in best_of_all({p: barred[p] for p in paths}, budget_count(budget, total, units)).items():
             chosen[path] = mask, int(mask.sum(-1, dtype=jnp.int32).max())
     return chosen
 
 
-def _spend_per_layer(scores: dict, allowed: dict, budget: float | int) -> dict:
-    rows = {p: s.shape[0] for p, s in scores.items()}
-    if len(set(rows.values())) > 1:
-        raise JaxftError(f"a budget per layer needs leaves with as many layers each, got {rows}")
-    sizes = np.array([s.shape[1] for s in scores.values()])
-    may = np.stack([allowed[p] for p in scores], axis=1)
-    totals = (may * sizes).sum(1)
-    counts = [budget_count(budget, int(t)) if t else 0 for t in totals]
-    barred = [jnp.where(jnp.asarray(allowed[p])[:, None], s, -jnp.inf) for p, s in scores.items()]
-    mask = best_in_rows(jnp.concatenate(barred, axis=1), jnp.asarray(counts, jnp.int32))
+def _spend_on_matrices(
+    scores: Array, may: np.ndarray, budget: Budget, shape: tuple[int, ...], units: str
+) -> tuple[Array, int]:
+    if isinstance(budget, Cover):
+        mask = covering(scores, budget.share) & may[:, None]
+        return jnp.asarray(mask), int(mask.sum(-1).max())
+    k = budget_count(budget(shape) if callable(budget) else budget, scores.shape[1], units)
+    return best_in_rows(scores, jnp.asarray(np.where(may, k, 0), jnp.int32)), k
+
+
+def _spend_per_layer(scores: dict, allowed: dict, budget: float | int, units: str) -> dict:
+    layers = {p: may.size for p, may in allowed.items()}
+    if len(set(layers.values())) > 1:
+        raise JaxftError(f"a budget per layer needs leaves with as many layers each, got {layers}")
+    rows = [s.reshape(layers[p], -1) for p, s in scores.items()]
+    sizes = np.array([row.shape[1] for row in rows])
+    totals = (np.stack([allowed[p] for p in scores], axis=1) * sizes).sum(1)
+    counts = [budget_count(budget, int(t), units) if t else 0 for t in totals]
+    mask = best_in_rows(jnp.concatenate(rows, axis=1), jnp.asarray(counts, jnp.int32))
     parts = jnp.split(mask, np.cumsum(sizes)[:-1], axis=1)
-    return {p: (m, int(m.sum(-1, dtype=jnp.int32).max())) for p, m in zip(scores, parts, strict=True)}
+    masks = {p: m.reshape(s.shape) for (p, s), m in zip(scores.items(), parts, strict=True)}
+    return {p: (m, int(m.sum(-1, dtype=jnp.int32).max())) for p, m in masks.items()}
 
 
 def check_choice(name: str, value: str, choices: object) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from jaxft.errors import JaxftError
 from jaxft.methods import Probe, count_trainable, select
-from jaxft.methods.selection.esft import covering, esft
+from jaxft.methods.selection.esft import esft
 from jaxft.methods.selection.scores import routing_shares
+from jaxft.methods.selection.units import covering
 from jaxft.partition import combine, weights_by_path
 from jaxft.weights import RowSplit
 from tests.methods.tiny import LOSS, MIXTURE, MIXTURE_LOSS, batches, mixture_trial, params
@@ -127,7 +128,7 @@ def test_refusals():
         esft(p=0)
     with pytest.raises(JaxftError, match='score="gates" is unknown: expected one of token, gate'):
         esft(score="gates")
-    with pytest.raises(JaxftError, match="the model has none"):
+    with pytest.raises(JaxftError, match='"@experts" matches no weight'):
         esft().init(jax.random.key(0), params(), probe(LOSS))
     with pytest.raises(JaxftError, match="has no experts to choose from"):
         select("magnitude", "expert", budget=1).init(jax.random.key(0), params(), Probe())

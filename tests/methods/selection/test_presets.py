@@ -34,7 +34,7 @@ from jaxft.methods import (
     spt,
 )
 from jaxft.methods.selection.apet import smallest_sufficient
-from jaxft.methods.selection.cofitune import gate_gradients, neuron_importance
+from jaxft.methods.selection.cofitune import gate_gradients, importance
 from jaxft.methods.selection.gates import gate, hold_closed
 from jaxft.methods.selection.gmt import mask_small
 from jaxft.methods.selection.greentrainer import backward_knapsack
@@ -167,7 +167,7 @@ def test_sara_trains_the_smallest_and_freezes_what_grows():
             chosen[layer, index[index < chosen.shape[1]]] = True
         np.testing.assert_array_equal(chosen, np.abs(np.asarray(w.base).reshape(4, -1)) <= threshold)
     w = SparseDelta(jnp.zeros((2, 2)), jnp.asarray([0.1, -2.0, 0.3]), jnp.asarray([0, 2, 3]))
-    assert still_small(w, 0.5).tolist() == [0, 3, 4]
+    assert still_small(w, 0.5).tolist() == [0, 4, 3]
 
 
 def test_the_nuclear_norm_is_the_sum_of_singular_values():
@@ -351,24 +351,25 @@ def test_spafit_counts_by_stratum():
         spafit(frozen=4, biases=4).init(KEY, params(), Probe())
 
 
-def test_cofitune_damps_neurons_by_their_gates():
-    found = gate_gradients(params(), probe(), 1)
+def test_cofitune_damps_units_by_their_gates():
+    neurons, outputs = gate_gradients(params(), probe(), 1)
     kernel = params()["layers"]["mlp"]["down"]["kernel"]
-    neuron = int(jnp.argmax(jnp.abs(found[1])))
 
-    def with_gate(factor):
-        mlp = {**params()["layers"]["mlp"], "down": {"kernel": kernel.at[1, neuron].multiply(factor)}}
+    def with_gate(unit, factor):
+        mlp = {**params()["layers"]["mlp"], "down": {"kernel": kernel.at[unit].multiply(factor)}}
         return float(loss({**params(), "layers": {**params()["layers"], "mlp": mlp}}))
 
-    slope = (with_gate(1.05) - with_gate(0.95)) / 0.1
-    assert abs(slope) > 1e-4
-    np.testing.assert_allclose(found[1, neuron], slope, rtol=0.02, atol=1e-5)
-    tuned = cofitune(first=1, last=3, batches=1).init(KEY, params(), probe())
-    importance = neuron_importance(params(), probe(), 1)
-    down = nodes(tuned)["layers.mlp.down.kernel"]
-    assert isinstance(down, Damped) and trained_layers_of(down.base) == [1, 2]
-    np.testing.assert_allclose(down.rate[:, :, 0], 1 - importance)
-    assert (jnp.min(down.rate, axis=1) == 0).all()
+    neuron, output = int(jnp.argmax(jnp.abs(neurons[1]))), int(jnp.argmax(jnp.abs(outputs[1])))
+    for unit, found in (((1, neuron), neurons[1, neuron]), ((1, slice(None), output), outputs[1, output])):
+        slope = (with_gate(unit, 1.05) - with_gate(unit, 0.95)) / 0.1
+        assert abs(slope) > 1e-4
+        np.testing.assert_allclose(found, slope, rtol=0.02, atol=1e-5)
+    tuned = cofitune(first=1, last=3, batches=1, soft=0.5).init(KEY, params(), probe())
+    for name, gates in (("up", neurons), ("down", outputs)):
+        damped = nodes(tuned)[f"layers.mlp.{name}.kernel"]
+        assert isinstance(damped, Damped) and trained_layers_of(damped.base) == [1, 2]
+        np.testing.assert_allclose(damped.rate[:, 0], 1 - 0.5 * importance(gates), rtol=1e-6)
+        assert float(jnp.min(damped.rate)) >= 0.5
     assert not isinstance(nodes(tuned)["layers.mlp.gate.kernel"], Damped)
     assert trained_layers_of(nodes(cofitune(soft=0).init(KEY, params(), Probe()))["layers.mlp.up.kernel"]) == [1]
 

@@ -16,8 +16,12 @@ import pytest
 from jaxft.methods import (
     Probe,
     Signals,
+    apet,
+    cofitune,
     gmt,
+    grafting,
     greentrainer,
+    ist,
     lift_principal_weights,
     lisa,
     lt_sft,
@@ -30,8 +34,9 @@ from jaxft.methods import (
     wrap_optimizer,
 )
 from jaxft.methods.selection.greentrainer import flops
+from jaxft.methods.selection.layers import generator
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
-from jaxft.weights import Gated, materialize
+from jaxft.weights import Gated, materialize, rounded
 
 torch = pytest.importorskip("torch")
 
@@ -109,8 +114,8 @@ def probe(trainer=None) -> Probe:
     return Probe(loss_fn=loss, batches=lambda: iter(batches()), trainer=trainer, total_steps=STEPS)
 
 
-def follow(method, *, trainer=None, optimizer=None):
-    """Trains with the library: yields (weights, entries that train) before each step, and at last the weights."""
+def cuts(method, *, trainer=None, optimizer=None):
+    """Trains with the library: yields the cut before each step, and at last."""
     optimizer = wrap_optimizer(method, optimizer or optax.adam(RATE))
     tuned = method.init(KEY, params(), probe(trainer))
     state = optimizer.init(tuned.trainable)
@@ -124,6 +129,18 @@ def follow(method, *, trainer=None, optimizer=None):
         updates, state = optimizer.update(jax.grad(mean)(tuned.trainable), state, tuned.trainable)
         return tuned._replace(trainable=optax.apply_updates(tuned.trainable, updates)), state
 
+    for i, batch in enumerate(batches(), start=1):
+        yield tuned
+        tuned, state = step(tuned, state, batch)
+        if method.due is not None and method.due(i, STEPS):
+            signals = Signals(0.0, None, probe(trainer), optimizer=optimizer)
+            tuned, state = method.update(jax.random.fold_in(KEY, i), tuned, state, signals, i)
+    yield tuned
+
+
+def follow(method, **how):
+    """Trains with the library: yields (weights, entries that train) before each step, and at last the weights."""
+
     @jax.jit
     def look(tuned):
         def dense(trainable):
@@ -132,20 +149,14 @@ def follow(method, *, trainer=None, optimizer=None):
         ones = jax.tree.map(jnp.ones_like, tuned.trainable)
         return jax.jvp(dense, (tuned.trainable,), (ones,))
 
-    for i, batch in enumerate(batches(), start=1):
+    for tuned in cuts(method, **how):
         weights, moves = look(tuned)
         yield {p: np.asarray(x) for p, x in weights.items()}, {p: np.asarray(x) != 0 for p, x in moves.items()}
-        tuned, state = step(tuned, state, batch)
-        if method.due is not None and method.due(i, STEPS):
-            signals = Signals(0.0, None, probe(trainer), optimizer=optimizer)
-            tuned, state = method.update(jax.random.fold_in(KEY, i), tuned, state, signals, i)
-    weights, moves = look(tuned)
-    yield {p: np.asarray(x) for p, x in weights.items()}, {p: np.asarray(x) != 0 for p, x in moves.items()}
 
 
-def agree(found: dict, wanted: dict) -> None:
+def agree(found: dict, wanted: dict, tolerance: float = 2e-5) -> None:
     for path, x in wanted.items():
-        np.testing.assert_allclose(found[path], x, rtol=2e-5, atol=2e-6, err_msg=path)
+        np.testing.assert_allclose(found[path], x, rtol=tolerance, atol=tolerance / 10, err_msg=path)
 
 
 def same_masks(found: dict, wanted: dict) -> None:
@@ -404,3 +415,128 @@ def test_greentrainer():
     np.testing.assert_array_equal(opened, chosen)
     masks = {p: np.broadcast_to(chosen[:, i, None, None], start()[p].shape) for i, p in enumerate(paths)}
     follow_fixed_mask(method, masks)
+
+
+def test_apet():
+    """yushengsu-thu/PET_Scaling: what is drawn trains, the rest does not; there whole tensors, here n entries."""
+    method = apet(count=50)
+    _, masks = next(follow(method))
+    assert sum(m.sum() for m in masks.values()) == 50 and all(m.any() for m in masks.values())
+    follow_fixed_mask(method, masks)
+
+
+def test_grafting():
+    """abhishekpanigrahi1996/Skill-Localization-by-grafting: S moves by SGD along (1 - 2 base) delta g sigmoid'(S).
+
+    There the base patch holds what exceeds the k-th largest change, here the k largest.
+    """
+    moved = {p: np.random.default_rng(i).normal(size=w.shape) / 3 for i, (p, w) in enumerate(start().items())}
+
+    def trainer(given, method, steps):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, w: w + moved[".".join(k.key for k in path)].astype(np.float32), given
+        )
+
+    rate, pre = 100.0, start()
+    patch = {p: m.astype(float) for p, m in top_of_all({p: np.abs(m) for p, m in moved.items()}, 100).items()}
+    logits = {p: np.full(w.shape, -1.0) for p, w in pre.items()}
+    method = grafting(budget=100, tuning_steps=1, sharpness=1.0, on="layers")
+    for i, tuned in enumerate(cuts(method, trainer=trainer, optimizer=optax.sgd(rate))):
+        flip = {p: 1 / (1 + np.exp(-s)) for p, s in logits.items()}
+        w = {p: pre[p] + (patch[p] + (1 - 2 * patch[p]) * flip[p]) * moved[p] for p in pre}
+        agree(weights_by_path(materialize(combine(tuned))), w, 2e-4)  # a high rate, which makes roundings grow
+        if i < STEPS:
+            g = gradient(w, batches()[i])
+            for p, f in flip.items():
+                logits[p] = logits[p] - rate * (1 - 2 * patch[p]) * g[p] * moved[p] * f * (1 - f)
+    share = {p: np.round(patch[p] + (1 - 2 * patch[p]) * flip[p]) for p in pre}
+    assert sum((share[p] != patch[p]).sum() for p in pre) > 10, "the mask never changed"
+    agree(weights_by_path(rounded(combine(tuned))), {p: pre[p] + share[p] * moved[p] for p in pre})
+
+
+def test_cofitune():
+    """rattlesnakey/CoFiTune: |tanh| of the standardised gradient of gates that are one, by torch, damps by unit.
+
+    There gates are differentiated in the divergence of two passes with dropout, here in the loss. There W_up and W_down
+    of the named layers have an optimizer, as here; its flattened mask of W_up is replaced by that of the units.
+    """
+    gates = {n: torch.ones(L, d, dtype=torch.float64, requires_grad=True) for n, d in (("up", 10), ("down", 8))}
+    w = {p: torch.tensor(x) for p, x in start().items()}
+    total = 0.0
+    for batch in batches()[:2]:
+        x, y = (torch.tensor(batch[k].astype(np.float64)) for k in "xy")
+        for layer in range(L):
+            get = {name: w[f"layers.{name}.kernel"][layer] for name in SHAPES}
+            hidden = torch.tanh(x @ get["mlp.gate"]) * (x @ get["mlp.up"] * gates["up"][layer])
+            x = x + torch.tanh(x @ get["attn.q"]) @ get["attn.o"] + hidden @ get["mlp.down"] * gates["down"][layer]
+        total = total + ((x - y) ** 2).mean()
+    total.backward()
+    rates, masks = {}, none()
+    for name, gate in gates.items():
+        z = (gate.grad - gate.grad.mean(1, keepdim=True)) / gate.grad.std(1, keepdim=True)
+        rates[f"layers.mlp.{name}.kernel"] = 1 - torch.tanh(z).abs().numpy()[:, None, :]
+        masks[f"layers.mlp.{name}.kernel"][1:] = True
+    w = start()
+    method = cofitune(first=1, last=3, batches=2)
+    for i, (weights, moves) in enumerate(follow(method, optimizer=optax.sgd(0.1))):
+        same_masks(moves, masks)
+        agree(weights, w)
+        if i < STEPS:
+            g = gradient(w, batches()[i])
+            w = {p: x - 0.1 * g[p] * masks[p] * rates.get(p, 1) for p, x in w.items()}
+
+
+def test_ist():
+    """antgroup/importance-aware-sparse-tuning-IST-paper: trials of suppressed layers, rewards, scores, active layers.
+
+    There a parameter that is not active keeps its own count of steps; here steps are counted in common. Draws are made
+    by the library's generator.
+    """
+
+    def choose(scores, draws, count):
+        chance = 1 / (1 + np.exp(-scores))
+        return np.isin(np.arange(L), draws.choice(L, count, replace=False, p=chance / chance.sum()))
+
+    def weights(factors, share):
+        return {p: base[p] + 2 * share[:, None, None] * (a @ b) for p, (a, b) in factors.items()}
+
+    def mean_loss(w, batch):
+        return np.mean((forward(w, batch["x"].astype(np.float64), np.tanh) - batch["y"]) ** 2)
+
+    method = ist(rank=2, fraction=0.4, suppressed=0.67, candidates=2, period=2, rate=1000.0)
+    base, scores, count, seen = start(), np.zeros(L), 0, set()
+    for i, tuned in enumerate(cuts(method)):
+        found = weights_by_path(combine(tuned))
+        if i == 0:
+            factors = {p: [np.asarray(f.value, np.float64) for f in (w.a, w.b)] for p, w in found.items()}
+            moments = {p: [(np.zeros_like(f), np.zeros_like(f)) for f in ab] for p, ab in factors.items()}
+            active = choose(np.zeros(L), generator(jax.random.fold_in(KEY, 1)), 1)
+        for w in found.values():
+            np.testing.assert_array_equal(w.a.is_open, active)
+        np.testing.assert_allclose(tuned.state["importance"], scores, rtol=1e-3, atol=1e-4)
+        agree(weights_by_path(materialize(combine(tuned))), weights(factors, np.ones(L)))
+        seen.add(active.tobytes())
+        if i == STEPS:
+            break
+        g, count = gradient(weights(factors, np.ones(L)), batches()[i]), count + 1
+        for p, (a, b) in factors.items():
+            pulls, on = (2 * g[p] @ b.swapaxes(1, 2), 2 * a.swapaxes(1, 2) @ g[p]), active[:, None, None]
+            for k, pull in enumerate(pulls):
+                m, v = moments[p][k]
+                m[:], v[:] = np.where(on, 0.9 * m + 0.1 * pull, m), np.where(on, 0.999 * v + 0.001 * pull**2, v)
+                step = m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
+                factors[p][k] = factors[p][k] - RATE * on * step
+        if i + 1 < STEPS:
+            draws = generator(jax.random.fold_in(KEY, i + 1))
+            if (i + 1) % 2 == 0:
+                sets = []
+                while len(sets) < 2:
+                    one = choose(scores, draws, 2)
+                    if not any((one == other).all() for other in sets):
+                        sets.append(one)
+                rewards = [np.exp(-mean_loss(weights(factors, np.where(s, 0.25, 1)), batches()[0])) for s in sets]
+                chance = 1 / (1 + np.exp(-scores))
+                for reward, s in zip(rewards, sets, strict=True):
+                    scores = scores + (reward - np.mean(rewards)) * chance * (1 - chance) * 1000.0 * s
+            active = choose(-scores, draws, 1)
+    assert len(seen) > 1 and np.abs(scores).max() > 1e-2

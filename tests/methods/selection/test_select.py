@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from jaxft.errors import JaxftError
-from jaxft.methods import Probe, Signals, build, chain, count_trainable, lora, lt_sft, select
+from jaxft.methods import Probe, Signals, build, chain, count_trainable, lora, select
 from jaxft.partition import combine, weights_by_path
-from jaxft.weights import RowSplit, SparseDelta, Split, materialize
+from jaxft.weights import RowSplit, Split, materialize
 from tests.methods.tiny import LOSS, batches, params
 
 KEY = jax.random.key(3)
@@ -73,62 +73,6 @@ def test_five_lines_of_yaml_make_a_method():
         now, kept = weights_by_path(combine(tuned))[path].index, moments[path].rows
         stays = np.stack([np.isin(i, o) for i, o in zip(now, was[path], strict=True)])
         np.testing.assert_array_equal(kept, np.broadcast_to(stays[..., None], kept.shape))
-
-
-PRESETS = {
-    "paca": ({"name": "paca", "rank": 3}, {"score": "random", "granularity": "row", "budget": 3}),
-    "lift": (
-        {"name": "lift-principal-weights", "rank": 4, "period": 2},
-        {"score": {"name": "low_rank", "rank": 4}, "budget": 0.05, "period": 2},
-    ),
-    "smt": (
-        {"name": "smt", "budget": 10, "size": 8, "batches": 2},
-        {
-            "score": {"name": "gradient", "batches": 2},
-            "granularity": "block",
-            "size": 8,
-            "budget": 10,
-            "per": "model",
-            "on": "layers.attn.{q,k,v}.kernel",
-        },
-    ),
-    "apet": ({"name": "apet", "count": 300}, {"score": "random", "budget": 300, "per": "model"}),
-    "sara": (
-        {"name": "sara", "budget": 0.2, "nuclear": 0, "adjustments": 0},
-        {"score": "magnitude", "lowest": True, "budget": 0.2, "per": "model"},
-    ),
-    "lora-then-rest": (
-        [{"name": "lora", "rank": 2, "on": "@attention"}, {"name": "paca", "rank": 3, "on": "@mlp"}],
-        [
-            {"name": "lora", "rank": 2, "on": "@attention"},
-            {"name": "select", "score": "random", "granularity": "row", "budget": 3, "on": "@mlp"},
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_vocabulary_alone_reproduces_a_preset(name):
-    preset, spec = PRESETS[name]
-    one, other = build(preset), build(spec if isinstance(spec, list) else {"name": "select", **spec})
-    cuts = [m.init(KEY, params(), probe())._replace(state=()) for m in (one, other)]
-    assert jax.tree.structure(cuts[0]) == jax.tree.structure(cuts[1])
-    jax.tree.map(np.testing.assert_array_equal, *cuts)
-    if one.update:
-        jax.tree.map(np.testing.assert_array_equal, *(again(m, *started(m)) for m in (one, other)))
-
-
-def test_the_vocabulary_alone_reproduces_lottery_tickets():
-    deltas = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape), params())
-    trained = Probe(trainer=lambda given, method, steps: jax.tree.map(jnp.add, given, deltas))
-    spec = {"score": {"name": "change", "steps": 5}, "budget": 100, "per": "model", "on": "layers"}
-    one = lt_sft(budget=100, search_steps=5).init(KEY, params(), trained)
-    other = build({"name": "select", **spec}).init(KEY, params(), trained)
-    for path, w in weights_by_path(combine(one)).items():
-        same = weights_by_path(combine(other))[path]
-        assert isinstance(same, SparseDelta) == isinstance(w, SparseDelta)
-        if isinstance(w, SparseDelta):
-            jax.tree.map(np.testing.assert_array_equal, w, same)
 
 
 @pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
@@ -221,6 +165,29 @@ def test_wanda_is_magnitude_times_activation():
         ({"budget": 0}, "a budget of 0 is 0 of"),
         ({"budget": 10**9}, "expected one at least, all at most"),
         ({"budget": 1e-9}, "is 0 of"),
+        ({"budget": -3}, "a budget of -3 is negative"),
+        ({"budget": float("nan")}, "a budget of nan is no number of entries"),
+        ({"budget": float("inf")}, "a budget of inf is no number of entries"),
+        ({"budget": 1.0}, "1.0 may mean one of the entries or all of them: write 1 for one, 512 for all"),
+        ({"budget": 1.5}, "neither a fraction below 1 nor a whole number"),
+        ({"budget": "5%"}, "unable to parse string as a number"),
+        ({"budget": {}}, "expected a number, {rank: r} or {cover: share}"),
+        ({"budget": {"rnak": 2}}, 'did you mean "rank"'),
+        ({"budget": {"rank": 2.5}}, "budget {rank: 2.5} is not a whole number"),
+        ({"budget": {"rank": 2}, "granularity": "row"}, "goes with granularity element, not row"),
+        ({"budget": {"cover": 2}}, "not a share above 0 and up to 1"),
+        ({"budget": {"cover": 0.5}, "lowest": True}, "of the highest scores of each matrix"),
+        ({"budget": {"cover": 0.5}, "per": "model"}, "of the highest scores of each matrix"),
+        ({"budget": 9, "granularity": "layer", "on": "layers"}, "a budget of 9 is 9 of 4 layers"),
+        ({"budget": 29, "granularity": "matrix"}, "a budget of 29 is 29 of 28 matrices"),
+        ({"budget": 33, "granularity": "row"}, "a budget of 33 is 33 of 32 rows"),
+        ({"score": {"name": "low_rank", "rank": "abc"}}, "score \"low_rank\", option rank='abc'"),
+        ({"score": {"name": "balanced", "fraction": 1}}, "fraction=1.0 must lie between 0 and 1"),
+        ({"score": "balanced"}, 'score balanced is of whole matrices or layers, and ".*" has 512 units'),
+        ({"score": {"name": "cyclic", "start": 4}, "granularity": "layer", "on": "layers"}, "the layers are 0 to 3"),
+        ({"period": -1}, "period=-1 must be at least 0"),
+        ({"on": "@experts"}, '"@experts" matches no weight'),
+        ({"on": "layers[2:2]"}, "matches no weight"),
         ({"score": "fishr"}, 'unknown score "fishr": .*fisher'),
         ({"score": {"name": "fisher", "batch": 2}}, 'score "fisher" has no option "batch": .*batches'),
         ({"period": 2, "rounds": 2}, "not both"),
@@ -228,7 +195,7 @@ def test_wanda_is_magnitude_times_activation():
         ({"granularity": "row", "on": "@norm"}, "has no rows to choose from"),
         ({"granularity": "block", "size": 7}, "do not tile"),
         ({"granularity": "layer", "per": "matrix"}, 'per="matrix" does not go with granularity="layer"'),
-        ({"granularity": "element", "size": 2}, "size=2 goes with rows"),
+        ({"granularity": "element", "size": 2}, "size=2 must be at least 1, and other than 1 for rows"),
         ({"granularity": "layer", "budget": 1, "on": "head"}, '"head.kernel" is in no layer'),
         ({"granularity": "matrix", "period": 2, "values": "rewind"}, "rewind"),
         ({"on": "layer.attn"}, "matches no weight: .*layers.attn"),
@@ -237,6 +204,25 @@ def test_wanda_is_magnitude_times_activation():
 def test_what_is_impossible_is_refused(options, text):
     with pytest.raises(JaxftError, match=text):
         build({"name": "select", **options}).init(KEY, params(), Probe())
+
+
+def test_no_data_is_refused():
+    for count, text in ((0, "0 calibration batches are none"), (99, "asked for 99 calibration batches")):
+        with pytest.raises(JaxftError, match=text):
+            select({"name": "fisher", "batches": count}).init(KEY, params(), probe())
+
+
+def test_a_budget_that_covers_and_one_as_large_as_a_low_rank_update():
+    tuned = select("magnitude", "row", {"cover": 0.3}, on="layers.mlp.up").init(KEY, params(), Probe())
+    score = np.abs(np.asarray(params()["layers"]["mlp"]["up"]["kernel"])).mean(-1)
+    index = np.asarray(weights_by_path(combine(tuned))["layers.mlp.up.kernel"].index)
+    for row, chosen in zip(score, index, strict=True):
+        chosen = chosen[chosen < 32]
+        least = row[chosen].min()
+        assert set(chosen) == set(np.flatnonzero(row >= least))
+        assert row[chosen].sum() >= 0.3 * row.sum() > row[chosen].sum() - least
+    tuned = select("random", budget={"rank": 2}, on="layers.attn.{q,k}").init(KEY, params(), Probe())
+    assert count_trainable(tuned) == 4 * 2 * (32 + 32 + 32 + 16)
 
 
 def test_what_another_method_took_is_left_alone():

@@ -75,6 +75,19 @@ def test_units_hold_the_mean_of_their_entries(granularity, size):
     np.testing.assert_allclose(found, EXPECTED[granularity, size], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("granularity", ["row", "column", "block"])
+def test_every_matrix_of_a_stack_of_experts_is_a_pool(granularity):
+    w = np.stack([W, 2 * W, W + 1], axis=1)
+    found = reduce_to_units(jnp.asarray(w), granularity, True, 2, "max")
+    each = [reduce_to_units(jnp.asarray(w[:, e]), granularity, True, 2, "max") for e in range(3)]
+    np.testing.assert_array_equal(np.asarray(found).reshape(2, 3, -1), np.stack(each, axis=1))
+    assert found.shape == unit_shape(granularity, w.shape, True, 2, "w")
+    scores, may = {"w": found}, {"w": np.array([True, False])}
+    assert np.asarray(spend(scores, may, 1, "matrix", {}, {})["w"][0]).sum(1).tolist() == [1, 1, 1, 0, 0, 0]
+    assert np.asarray(spend(scores, may, 4, "layer", {}, {})["w"][0]).reshape(2, -1).sum(1).tolist() == [4, 0]
+    assert np.asarray(spend(scores, may, 0.5, "model", {}, {})["w"][0])[3:].sum() == 0
+
+
 def test_reductions():
     for name, wanted in {"sum": W.sum(2), "norm": np.linalg.norm(W, axis=2), "max": W.max(2)}.items():
         np.testing.assert_allclose(reduce_to_units(jnp.asarray(W), "row", True, 1, name), wanted, rtol=1e-5, atol=1e-6)
