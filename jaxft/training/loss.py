@@ -24,7 +24,8 @@ Loss = Callable[[Any, Batch, PRNGKeyArray], tuple[Float[Array, ""], Float[Array,
 Head = Callable[[Float[Array, "... dim"]], Float[Array, "... vocab"]]
 
 CHUNK_ELEMENTS = 2**23  # logits held at once, per shard of the batch: 32 MiB in float32
-CHUNK_TOKENS = 512  # but never fewer tokens on a device, or reading the head would take longer than its products
+# But never fewer tokens on a device, or reading the head would take longer than its products; up to 512 MiB.
+CHUNK_TOKENS, MOST_ELEMENTS = 1024, 2**27
 _FEWEST_TOKENS = 128  # of each shard, where a device computes with the tokens of several
 
 
@@ -45,9 +46,9 @@ def chunks_for(rows: int, seq_len: int, vocab: int, row_shards: int = 1, gathere
     """Into how many pieces (a power of two) to cut `seq_len` so that a piece's logits stay near `CHUNK_ELEMENTS`.
 
     A pass over a bfloat16 head whose gradient is summed in float32 moves 12 bytes for 6 FLOPs a token and entry: on a
-    TPU v5e, of 240 FLOPs a byte, 480 tokens keep the matrix unit busy (`benchmarks/loss.py`).
+    TPU v5e, of 240 FLOPs a byte, 480 tokens keep the matrix unit busy, on a v6e 1120 (`benchmarks/loss.py`).
     """
-    fewest = max(_FEWEST_TOKENS, CHUNK_TOKENS // gathered)
+    fewest = max(_FEWEST_TOKENS, min(CHUNK_TOKENS, MOST_ELEMENTS // vocab) // gathered)
     tokens = max(fewest, CHUNK_ELEMENTS // vocab) * row_shards
     wanted = -(-rows * seq_len // tokens)
     return min(1 << (wanted - 1).bit_length(), seq_len)
@@ -74,7 +75,7 @@ def cross_entropy(
         weights: loss weight of each target; a token of weight 0 contributes exactly 0, to gradients too.
         head: hidden states to logits. May close over traced parameters (arrays, weight nodes, a tied embedding): those
             being differentiated get their gradient, for others none is computed.
-        chunks: pieces of the sequence; by default enough for 32 MiB of float32 logits, or 512 tokens, per row shard.
+        chunks: pieces of the sequence; by default enough for 32 MiB of float32 logits, or 1024 tokens, per row shard.
         row_shards: over how many devices the batch is divided (for the default of `chunks`).
         gathered: of those, over how many the head is divided too, so that each computes with the tokens of all of them.
         z_loss: coefficient of the squared log-partition (PaLM, arXiv:2204.02311, section 5).
