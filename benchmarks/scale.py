@@ -27,7 +27,15 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     "8b full": ("llama3.1-8b-full", "v5e:4x4", (), 6.0),
     "8b hft": ("llama3.1-8b-hft", "v5e:4x4", (), 4.3),
     "8b lora": ("llama3.1-8b-lora", "v5e:4x4", (), 3.2),
+    "8b full, moments in host memory": ("llama3.1-8b-full", "v5e:4x4", ("training.offload=[optimizer]",), None),
+    "8b hft, moments and frozen layers in host memory": (
+        "llama3.1-8b-hft", "v5e:4x4", ("training.offload=[optimizer, frozen]",), None,
+    ),
+    "8b lora, frozen layers in host memory": ("llama3.1-8b-lora", "v5e:4x4", ("training.offload=[frozen]",), None),
     "8b full, float32 masters": ("llama3.1-8b-full", "v5e:4x4", MASTERS, None),
+    "8b full, float32 masters, moments in host memory": (
+        "llama3.1-8b-full", "v5e:4x4", (*MASTERS, "training.offload=[optimizer]"), None,
+    ),
     "8b hft, float32 masters": ("llama3.1-8b-hft", "v5e:4x4", MASTERS, None),
     "8b lora, float32 masters": ("llama3.1-8b-lora", "v5e:4x4", MASTERS, None),
     "70b hft": ("llama3.1-70b-hft", "v5e:16x16", (), 10.0),
@@ -89,16 +97,17 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
 
 - **HBM**: GiB a chip: arguments, results not written in place, temporaries. *state* is what lives between steps
   (parameters, moments), *temporary* the rest. AdamW; per-layer recomputation; parameters divided over all chips (FSDP).
+- **host**: GiB of host memory for a chip (`training.offload`, `remat: offload`), not in HBM. Copies are not timed.
 - **FLOPs**: of the compiled step over the least the method needs (forward, gradients of activations, gradients of the
   weights that train, what is recomputed), loops counted as often as they run.
 - **sent**: GiB one chip sends a step; *hidden*: the part of it that runs beside matrix products.
 - **best**: roofline, every unit at its peak: milliseconds a step and model FLOPs utilisation. A bound, no forecast.
 - **compile**: seconds on the machine of that day, and of CPU time.
-- 70b hft keeps the inputs of its layers in host memory (`remat: offload`), 5 GiB a chip, which are not counted.
+- 70b hft keeps the inputs of its layers in host memory (`remat: offload`), 5 GiB a chip.
 - Everything is bfloat16 unless the row says that what trains has float32 masters and moments.
 
-| job | chips | tokens | HBM (goal) | state | temporary | FLOPs | sent | hidden | best | compile |
-|---|---|---|---|---|---|---|---|---|---|---|
+| job | chips | tokens | HBM (goal) | state | temporary | host | FLOPs | sent | hidden | best | compile |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -111,11 +120,12 @@ def page(results: dict) -> str:
             continue
         memory = row["memory_gib"]
         state = memory["trained"] + memory["frozen"] + memory["optimizer"]
-        best = row["roofline"]
+        best, waits = row["roofline"], sum(row.get("host_gib", {}).values())
+        host = f"{waits:.2f}" if waits else ""
         lines.append(
             f"| {name} | {topology} | {row['tokens_per_step'] // 1024}k | **{row['hbm_gib_per_chip']:.2f}**"
             f"{f' ({goal:g})' if goal else ''}{'' if row['fits'] else ', does not fit'} | {state:.2f} | "
-            f"{memory['temporaries'] + memory['results']:.2f} | "
+            f"{memory['temporaries'] + memory['results']:.2f} | {host} | "
             + (
                 f"{row['flops_ratio']:.3f} | {sum(row['collective_bytes'].values()) / 2**30:.1f} | "
                 f"{row['collective_share_overlapped']:.0%} | {best['step_seconds'] * 1e3:,.0f} ms, {best['mfu']:.0%} | "

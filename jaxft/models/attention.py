@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.models.sharding import mesh_axes, platform, spec_of
@@ -228,16 +229,24 @@ def _splash(
     scale: float,
     softcap: float | None,
 ) -> Array:
-    """Splash attention, one call a device: batch, heads and query positions are cut over the ambient mesh."""
+    """Splash attention, one call a device: batch, heads and query positions are cut over the ambient mesh.
+
+    Keys and values of a row are gathered whole. Of a causal row every device takes a piece from the front and the one
+    as far from the end, or the last device would have almost twice the work of all on average.
+    """
     batch, seq, heads, _ = q.shape
     shape = (seq, seq)
-    mask = splash_attention.CausalMask(shape)
+    mask: Any = splash_attention.CausalMask(shape)
     if sliding_window is not None:
         mask = splash_attention.LocalMask(shape, (sliding_window - 1, 0), offset=0)
     heads_axes = mesh_axes("heads", k.shape[2])
     sequence_shards = _sequence_shards(seq)
     head_shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in heads_axes or ())
-    block = max(size for size in (128, 256, _MAX_BLOCK) if (seq // sequence_shards) % size == 0)
+    pieces = sequence_shards
+    if sequence_shards > 1 and sliding_window is None and seq % (2 * _MIN_BLOCK * sequence_shards) == 0:
+        pieces = 2 * sequence_shards
+        mask.q_sequence = zigzag_positions(seq, sequence_shards)
+    block = max(size for size in (128, 256, _MAX_BLOCK) if (seq // pieces) % size == 0)
     kernel = splash_attention.make_splash_mha(
         mask=splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=_block_sizes(block, seq // block <= _FUSED_BLOCKS),
@@ -250,17 +259,20 @@ def _splash(
         segment_ids = jnp.ones((batch, seq), jnp.int32)
 
     def local(kernel: Any, q: Array, k: Array, v: Array, query_segments: Array, key_segments: Array) -> Array:
+        if pieces > sequence_shards:
+            q, query_segments = to_zigzag(q, 2, sequence_axes[0]), to_zigzag(query_segments, 1, sequence_axes[0])
         ids = splash_attention.SegmentIds(query_segments, key_segments)
-        return jax.vmap(kernel)(q, k, v, segment_ids=ids)
+        out = jax.vmap(kernel)(q, k, v, segment_ids=ids)
+        return from_zigzag(out, 2, sequence_axes[0]) if pieces > sequence_shards else out
 
+    batch_axes, sequence_axes = mesh_axes("batch", batch), mesh_axes("sequence", seq) or ()
     q = (q * scale).astype(q.dtype)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # heads before positions
     if not jax.sharding.get_abstract_mesh().empty:
-        batch_axes, sequence_axes = mesh_axes("batch", batch), mesh_axes("sequence", seq)
-        query_spec = PartitionSpec(batch_axes, heads_axes, sequence_axes, None)
+        query_spec = PartitionSpec(batch_axes, heads_axes, sequence_axes or None, None)
         key_spec = PartitionSpec(batch_axes, heads_axes, None, None)
         mesh = jax.sharding.get_abstract_mesh()
-        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads_axes, sequence_axes)))
+        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads_axes, sequence_axes or None)))
         segments_spec = spec_of((batch, seq), ("batch", "sequence"))
         local = jax.shard_map(
             local,
@@ -269,6 +281,45 @@ def _splash(
             check_vma=False,
         )
     return jnp.swapaxes(local(kernel, q, k, v, segment_ids, segment_ids), 1, 2)
+
+
+def zigzag_positions(seq: int, shards: int) -> np.ndarray:
+    """0 .. seq - 1 in zigzag order: of `2 * shards` pieces, shard i holds number i and number i from the end."""
+    pieces = np.arange(seq, dtype=np.int32).reshape(2, shards, -1)
+    return np.stack([pieces[0], pieces[1, ::-1]], axis=1).reshape(-1)
+
+
+def to_zigzag(x: Shaped[Array, "..."], axis: int, name: str) -> Shaped[Array, "..."]:
+    """What a device holds of an array cut over the mesh axis `name`, in the order of `zigzag_positions`.
+
+    For the inside of a `shard_map`. Each device sends its two pieces to two others, or keeps them.
+    """
+    even, odd = (
+        jax.lax.ppermute(piece, name, pairs)
+        for piece, pairs in zip(jnp.split(x, 2, axis), _zigzag_pairs(name), strict=True)
+    )
+    is_even = jax.lax.axis_index(name) % 2 == 0
+    return jnp.concatenate([jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)], axis)
+
+
+def from_zigzag(x: Shaped[Array, "..."], axis: int, name: str) -> Shaped[Array, "..."]:
+    """The inverse of `to_zigzag`."""
+    front, back = jnp.split(x, 2, axis)
+    is_even = jax.lax.axis_index(name) % 2 == 0
+    pieces = jnp.where(is_even, front, back), jnp.where(is_even, back, front)
+    return jnp.concatenate(
+        [
+            jax.lax.ppermute(piece, name, [(to, origin) for origin, to in pairs])
+            for piece, pairs in zip(pieces, _zigzag_pairs(name), strict=True)
+        ],
+        axis,
+    )
+
+
+def _zigzag_pairs(name: str) -> tuple[list[tuple[int, int]], ...]:
+    """`(origin, destination)` of pieces 0, 2, 4, ... and of pieces 1, 3, 5, ..., of which each device holds one."""
+    shards = jax.lax.axis_size(name)
+    return tuple([(i // 2, min(i, 2 * shards - 1 - i)) for i in range(start, 2 * shards, 2)] for start in (0, 1))
 
 
 @functools.cache

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxft.errors import JaxftError
-from jaxft.models.attention import PROMPT_SEGMENT, attention
+from jaxft.models.attention import PROMPT_SEGMENT, attention, from_zigzag, to_zigzag, zigzag_positions
 
 
 def inputs(batch=2, seq=128, heads=4, kv_heads=2, dim=16, dtype=jnp.float32):
@@ -138,20 +138,44 @@ def test_splash_reads_each_key_and_value_head_once_for_its_group():
     )  # and the gradient of the result
 
 
-def test_splash_on_a_mesh():
-    """Batch, heads and query positions cut over 8 devices: the same result as on one."""
+@pytest.mark.parametrize(("seq", "sliding_window"), [(512, None), (256, 100)])
+def test_splash_on_a_mesh(seq, sliding_window):
+    """Batch, heads and query positions (in zigzag, without a window) cut over 8 devices: the same result as on one."""
     if jax.device_count() < 8:
         pytest.skip("needs 8 (virtual) devices")
-    q, k, v = inputs(batch=2, seq=256)
-    segments = packed(2, 256)
-    arguments = {"positions": positions_of(segments), "segment_ids": segments}
-    expected = attention(q, k, v, **arguments, implementation="xla")
+    q, k, v = inputs(batch=2, seq=seq, heads=2)
+    segments = packed(2, seq)
+    real = (segments > 0)[:, :, None, None]
+    arguments = {"positions": positions_of(segments), "segment_ids": segments, "sliding_window": sliding_window}
     shape = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
     mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * 4)
+
+    def run(implementation):
+        def loss(q, k, v):
+            out = attention(q, k, v, **arguments, implementation=implementation)
+            return jnp.sum(jnp.sin(out) * real), out * real
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    expected = run("xla")
     with jax.set_mesh(mesh):
-        out = jax.jit(lambda q, k, v: attention(q, k, v, **arguments, implementation="splash"))(q, k, v)
-    real = (segments > 0)[:, :, None, None]
-    np.testing.assert_allclose(out * real, expected * real, atol=2e-5)
+        found = run("splash")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_zigzag_gives_every_shard_the_same_work_and_comes_back(shards):
+    positions = zigzag_positions(8 * shards, shards)
+    assert sorted(positions) == list(range(8 * shards))
+    seen = (positions + 1).reshape(shards, -1).sum(1)  # keys that the queries of each shard see
+    assert len(set(seen.tolist())) == 1
+    mesh = jax.make_mesh((shards,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards])
+    options = {"mesh": mesh, "in_specs": PartitionSpec(None, "sequence"), "out_specs": PartitionSpec(None, "sequence")}
+    x = jnp.stack([jnp.arange(8 * shards), -jnp.arange(8 * shards)])
+    there = jax.shard_map(lambda x: to_zigzag(x, 1, "sequence"), **options)(x)
+    np.testing.assert_array_equal(there[0], positions)
+    np.testing.assert_array_equal(jax.shard_map(lambda x: from_zigzag(x, 1, "sequence"), **options)(there), x)
 
 
 def test_a_row_without_any_key_is_finite_and_has_no_gradient():
