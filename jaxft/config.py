@@ -245,6 +245,12 @@ def impossible(config: RunConfig) -> list[tuple[KeyPath, str]]:
             ("training", "learning_rate"),
             f"a warm-up of {warmup} steps is longer than the run of {training.steps}: its peak is never reached",
         ))  # fmt: skip
+    if "frozen" in training.offload and config.model.remat == "none":
+        found.append((
+            ("training", "offload"),
+            "with model.remat = none every frozen layer that was fetched stays on the device for the backward pass; "
+            "expected model.remat block, dots or offload",
+        ))  # fmt: skip
     for name in config.compare.overrides:
         if name not in methods():
             found.append((("compare", "overrides", name), f'unknown method "{name}": {nearest(name, methods())}'))

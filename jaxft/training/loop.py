@@ -116,8 +116,9 @@ class TrainingConfig(BaseModel):
     offload: list[Literal["optimizer", "frozen"]] = Field(
         default_factory=list,
         description="What waits in host memory: `optimizer`, the optimizer's state, fetched and stored parameter by "
-        "parameter at every update; `frozen`, the frozen matrices of layers, fetched layer by layer. Less memory of "
-        "the device for transfers in every step; on a CPU it is the same memory, and nothing is gained.",
+        "parameter at every update; `frozen`, the frozen matrices of layers, fetched layer by layer (not with "
+        "`model.remat: none`, which keeps them). Less memory of the device for transfers in every step; on a CPU it is "
+        "the same memory, and nothing is gained.",
     )
     profile: ProfileConfig | None = Field(None, description="Trace some steps with the JAX profiler; null: none.")
 

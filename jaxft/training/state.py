@@ -99,8 +99,17 @@ def abstract_state(
         ) from error
     if not jax.tree.leaves(tuned.trainable):
         raise JaxftError("the method leaves nothing to train")
-    options = {"logical_axes": logical_axes, "rules": rules, "report": report, "offload": offload}
-    return lay_out(tuned, method, optimizer, rng, mesh, **options)
+    return lay_out(
+        tuned,
+        method,
+        optimizer,
+        rng,
+        mesh,
+        logical_axes=logical_axes,
+        rules=rules,
+        report=report,
+        offload=offload,
+    )
 
 
 OFFLOADABLE = ("optimizer", "frozen")

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.checkpoint import Checkpointer
+from jaxft.config import impossible
 from jaxft.distributed import MeshConfig, make_mesh, shard_batch
 from jaxft.distributed.sharding import in_host_memory
 from jaxft.methods import build
@@ -123,3 +124,15 @@ def test_a_run_resumes_bit_by_bit(tmp_path, capsys):
         losses = {r["step"]: r["loss"] for r in read_metrics(output / "metrics.jsonl") if "loss" in r}
         found.append((leaves, losses))
     assert found[0] == found[1]
+
+
+def test_layers_that_would_stay_on_the_device_are_refused(tmp_path):
+    """Without recomputation the backward pass holds what the forward pass fetched: all layers."""
+    directory, short = write_tiny(tmp_path), {"steps": 1, "learning_rate": 1e-2, "offload": ["frozen"]}
+    problems = {}
+    for remat in ("none", "block"):
+        config = tiny_config(directory, tmp_path / "run", training=short, model={"path": "nano", "remat": remat})
+        problems[remat] = impossible(config)
+    assert problems["block"] == []
+    ((key, text),) = problems["none"]
+    assert key == ("training", "offload") and "expected model.remat block, dots or offload" in text
