@@ -156,6 +156,8 @@ def selection(
 
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
         chosen = choose(rng, params, probe, measure, budget, per, on)
+        if not chosen:
+            raise JaxftError("every score is zero: the budget covers nothing")
 
         def cut(path: str, w: Weight) -> Weight:
             mask, k = chosen[path]
@@ -195,7 +197,16 @@ class Measure(NamedTuple):
         stacked = {p: probe.roles.is_stacked(p) for p in weights}
         shapes = {p: unit_shape(self.granularity, shape_of(w), stacked[p], self.size, p) for p, w in weights.items()}
         found = {}
-        for path, s in self.score(rng, Candidates(Dense(weights), params, shapes), probe).items():
+        scores = self.score(rng, Candidates(Dense(weights), params, shapes), probe)
+        if scores.keys() != weights.keys():
+            lacks = next(iter(scores.keys() ^ weights.keys()))
+            raise JaxftError(f'a score has to score all candidates and nothing else: look at "{lacks}"')
+        for path, s in scores.items():
+            if s.shape not in (shapes[path], shape_of(weights[path])):
+                raise JaxftError(
+                    f'the score of "{path}" has the shape {s.shape}: expected that of its entries, '
+                    f"{shape_of(weights[path])}, or of its units, {shapes[path]}"
+                )
             if s.shape != shapes[path]:
                 s = reduce_to_units(s, self.granularity, stacked[path], self.size, self.reduction)
             found[path] = -s if self.lowest else s

@@ -212,6 +212,23 @@ def test_no_data_is_refused():
             select({"name": "fisher", "batches": count}).init(KEY, params(), probe())
 
 
+def test_scores_that_fit_nothing_are_refused():
+    def score(shapes):
+        return lambda rng, candidates, probe: {p: jnp.zeros(s) for p, s in shapes.items()}
+
+    for shapes, text in (
+        ({}, 'look at "layers.mlp.up.kernel"'),
+        ({"layers.mlp.up.kernel": (4, 32, 48), "head": (3,)}, 'look at "head"'),
+        ({"layers.mlp.up.kernel": (4, 48)}, r"has the shape \(4, 48\): .* \(4, 32, 48\), or of its units, \(4, 32\)"),
+    ):
+        with pytest.raises(JaxftError, match=text):
+            select(score(shapes), "row", 2, on="layers.mlp.up").init(KEY, params(), Probe())
+    with pytest.raises(JaxftError, match="every score is zero"):
+        select(score({"layers.mlp.up.kernel": (4, 32)}), "row", {"cover": 0.5}, on="layers.mlp.up").init(
+            KEY, params(), Probe()
+        )
+
+
 def test_a_budget_that_covers_and_one_as_large_as_a_low_rank_update():
     tuned = select("magnitude", "row", {"cover": 0.3}, on="layers.mlp.up").init(KEY, params(), Probe())
     score = np.abs(np.asarray(params()["layers"]["mlp"]["up"]["kernel"])).mean(-1)
