@@ -164,7 +164,7 @@ def selection(
             stacked = probe.roles.is_stacked(path)
             if granularity in WITHIN:
                 return cut_units(w, positions(mask, k), granularity, size, stacked)
-            return cut_layers(w, mask[:, 0]) if stacked and granularity != "leaf" else Trains(w)
+            return cut_layers(w, np.asarray(mask)[:, 0]) if stacked and granularity != "leaf" else Trains(w)
 
         tuned = split(rewrite(params, list(chosen), cut, roles=probe.roles))
         # The nodes of this method, by path: those of other methods in a chain are not its to draw again.
