@@ -207,7 +207,7 @@ def optimizer_shardings(opt_state: Tree, trainable: Tree, shardings: Tree, mesh:
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
-def in_host_memory(tree: Tree, shardings: Tree, roles: Roles = DECODER_ROLES, *, only_stacked: bool = False) -> Tree:
+def to_host_memory(tree: Tree, shardings: Tree, roles: Roles = DECODER_ROLES, *, only_stacked: bool = False) -> Tree:
     """`shardings` with the matrices of `tree` in host memory; vectors (of layers, too) and scalars stay on the device.
 
     With `only_stacked`, only matrices of layers, which a scan brings to the device one by one.

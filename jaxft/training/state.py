@@ -13,10 +13,10 @@ from jaxft.distributed.sharding import (
     RULES,
     Rules,
     ShardingReport,
-    in_host_memory,
     optimizer_shardings,
     replicated,
     shard_tree,
+    to_host_memory,
     tree_shardings,
     tuned_shardings,
 )
@@ -121,9 +121,9 @@ def _places(
     """Shardings of a cut and of the optimizer's state, in the memory where each array waits."""
     places = optimizer_shardings(opt_state, tuned.trainable, shardings.trainable, mesh)
     if "optimizer" in offload:
-        places = in_host_memory(opt_state, places)
+        places = to_host_memory(opt_state, places)
     if "frozen" in offload:
-        frozen = in_host_memory(tuned.frozen, shardings.frozen, only_stacked=True)
+        frozen = to_host_memory(tuned.frozen, shardings.frozen, only_stacked=True)
         shardings = shardings._replace(frozen=frozen)
     return shardings, places
 

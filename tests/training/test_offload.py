@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxft.checkpoint import Checkpointer
 from jaxft.config import impossible
 from jaxft.distributed import MeshConfig, make_mesh, shard_batch
-from jaxft.distributed.sharding import in_host_memory
+from jaxft.distributed.sharding import to_host_memory
 from jaxft.methods import build
 from jaxft.models import DecoderConfig, LanguageModel
 from jaxft.training import read_metrics, train
@@ -84,7 +84,7 @@ def test_any_optimizer_takes_turns(name):
     params, gradients = (jax.tree.map(lambda s: draw(*s), shapes, is_leaf=is_shape) for _ in range(2))
     state = optimizer.init(params)
     one = NamedSharding(make_mesh(MeshConfig(data=1), jax.devices()[:1]), PartitionSpec())
-    places = in_host_memory(state, jax.tree.map(lambda a: one, state))
+    places = to_host_memory(state, jax.tree.map(lambda a: one, state))
 
     def update(gradients, params, state):
         extra = {"value": jnp.float32(1.0)}
