@@ -15,7 +15,7 @@ from jaxft.models.attention import PROMPT_SEGMENT
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import rms_norm, run_layers
 from jaxft.models.sharding import constrain, mesh_axes
-from jaxft.weights import Tree, embed, linear, prompt_embeddings, site, unembed, value
+from jaxft.weights import Tree, embed, is_node, linear, prompt_embeddings, site, unembed, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,11 @@ class LanguageModel:
         if divided:
             hidden = constrain(hidden, *layout, None)
         head = params.get("head", {})
-        scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
+        table = params["embed"]["embedding"]
+        if divided and not head and not is_node(table):
+            # Stored divided by width, for the look-up. Read as a head is stored: else each piece of a loss gathers it.
+            table = constrain(table, "vocab", None)
+        scores = linear(hidden, head["kernel"]) if head else unembed(hidden, table)
         scores = (constrain(scores, *layout, "vocab") if divided else scores).astype(jnp.float32)
         scores = scores + value(head["bias"], jnp.float32) if "bias" in head else scores
         cap = self.config.final_logit_softcapping

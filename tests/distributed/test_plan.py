@@ -319,6 +319,8 @@ def test_layers_of_two_kinds_are_one_scan_with_a_kernel_of_each(directory, tmp_p
     assert sum(found.kernels.values()) == 3 * LAYERS, "forward, forward again, backward"
     assert len(re.findall(r"%splash_mha_fwd\S* = .* custom-call\(", text)) == 2 * 2, "whatever the depth"
     assert not any(c.total_bytes for c in found.collectives if c.in_conditional), "no device waits for a branch"
+    gathered = [dims for c in found.collectives if c.kind == "all-gather" for _, dims in c.result]
+    assert gathered and not any(VOCAB in dims for dims in gathered), "neither a tied table nor scores"
     assert found.least_flops == found.flops == found.most_flops
 
 
