@@ -45,6 +45,10 @@ def steps_done(output: Path) -> int:
     return path.read_bytes().count(b"grad_norm") if path.exists() else 0
 
 
+def has_checkpoint(output: Path) -> bool:
+    return any(path.name.isdigit() for path in (output / "checkpoints").glob("*"))
+
+
 def has_unfinished_save(output: Path) -> bool:
     return any("tmp" in entry.name for entry in (output / "checkpoints").glob("*"))
 
@@ -97,7 +101,11 @@ def test_killed_runs_end_as_one_never_interrupted(directory, tmp_path, method):
         if not interrupted_save:
             # Leftovers of the kill before are removed when the run starts, so what shows after new steps is new.
             before = steps_done(killed)
-            moment = lambda b=before: steps_done(killed) > b + 3 and has_unfinished_save(killed)  # noqa: E731
+
+            def moment(before: int = before) -> bool:
+                begun = steps_done(killed) > before + 3 and has_unfinished_save(killed)
+                return begun and has_checkpoint(killed)  # with none, a run starts again from the beginning
+
             assert send_when(start(directory, killed, sections), killed, moment, signal.SIGKILL) == -9
             interrupted_save = has_unfinished_save(killed)
     assert interrupted_save
