@@ -140,6 +140,29 @@ def _slices(shape: tuple[int, ...], dcn: int, devices: list[jax.Device]) -> np.n
     return np.asarray(devices).reshape(shape)
 
 
+def torus_stages(mesh: Mesh, axis: str = "fsdp", fewest: int = 64) -> tuple[int, ...]:
+    """How many devices of a mesh axis lie along each axis of the torus, the slowest first: `(16, 16)` of 256.
+
+    Empty for fewer than `fewest` devices, and where devices have no coordinates or do not lie on a box.
+    """
+    at = mesh.axis_names.index(axis)
+    line = np.moveaxis(mesh.devices, at, 0).reshape(mesh.devices.shape[at], -1)[:, 0]
+    if len(line) < fewest or not all(hasattr(d, "coords") for d in line):
+        return ()
+    coords = np.array([d.coords for d in line])
+    stages: list[int] = []
+    stride = 1
+    while stride < len(line):  # from the fastest: how far it goes in one direction
+        steps = np.diff(coords[::stride], axis=0)
+        turns = np.flatnonzero((steps != steps[0]).any(axis=1))
+        stages.insert(0, int(turns[0]) + 1 if turns.size else len(steps) + 1)
+        stride *= stages[0]
+    if stride != len(line):
+        return ()
+    moves = [np.diff(coords.reshape(*stages, -1), axis=i).reshape(-1, coords.shape[1]) for i in range(len(stages))]
+    return tuple(stages) if all((m == m[0]).all() and np.abs(m[0]).sum() == 1 for m in moves) else ()
+
+
 def data_partition(mesh: Mesh) -> tuple[int, int]:
     """`(index, count)`: which of how many equal parts of the rows of a batch this process feeds.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxft.distributed.mesh import torus_stages
 from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, wrap_optimizer
 from jaxft.partition import Tuned, combine
@@ -15,6 +16,7 @@ from jaxft.training.loss import Batch, Loss
 from jaxft.training.offload import in_turns
 from jaxft.training.state import TrainState, tuned_of
 from jaxft.weights.memory import fetch
+from jaxft.weights.reduction import scattered_in
 from jaxft.weights.training import in_training
 
 Tree = Any
@@ -173,10 +175,11 @@ def make_train_step(
 
     if shardings is None:
         return jax.jit(train_step, donate_argnums=0)
-    mesh = shardings.step.mesh.abstract_mesh
+    mesh, stages = shardings.step.mesh.abstract_mesh, torus_stages(shardings.step.mesh)
 
     def placed_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.sharding.use_abstract_mesh(mesh):  # models state the layout of activations on the ambient mesh
+        # Models state the layout of activations on the ambient mesh.
+        with jax.sharding.use_abstract_mesh(mesh), scattered_in(stages):
             state, metrics = train_step(state, frozen, batch)
         everywhere = {name: shardings.step for name in metrics}
         if "gradients" in metrics:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.weights.memory import fetch
+from jaxft.weights.reduction import scattered_matmul, stages_for
 
 Weight = Any  # an Array or a Node
 Tree = Any
@@ -85,8 +86,10 @@ def value(w: Weight, dtype: Any = None) -> Array:
 @functools.singledispatch
 def linear_rule(w: Weight, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
     _no_rule(w, "linear")
-    rows = as_rows(x)
-    return jnp.matmul(rows, w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
+    w = w.astype(x.dtype)
+    if stages := stages_for(x):
+        return scattered_matmul(x, w, stages)
+    return jnp.matmul(as_rows(x), w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def as_rows(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:

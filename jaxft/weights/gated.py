@@ -22,6 +22,7 @@ from jaxft.weights.core import (
     static,
 )
 from jaxft.weights.ragged import Axes, by_materializing_ragged, ragged_linear_rule, ragged_matmul, ragged_outer
+from jaxft.weights.reduction import Stages, stages_for, weight_gradient
 
 
 @node
@@ -61,31 +62,30 @@ def gated_matmul(
 
     Otherwise they are zero and cost nothing: the matmuls sit inside a `lax.cond`, so they are skipped at run time.
     """
-    return _gated_matmul(x, w, is_trainable, propagates)
+    return _gated_matmul(x, w, is_trainable, propagates, stages_for(x))
 
 
-@jax.custom_vjp
-def _gated_matmul(x: Array, w: Array, is_trainable: Array, propagates: Array | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _gated_matmul(x: Array, w: Array, is_trainable: Array, propagates: Array | None, stages: Stages) -> Array:
     return jnp.matmul(x, w)
 
 
 def _gated_forward(
-    x: Array, w: Array, is_trainable: Array, propagates: Array | None
+    x: Array, w: Array, is_trainable: Array, propagates: Array | None, stages: Stages
 ) -> tuple[Array, tuple[Array | None, ...]]:
     return jnp.matmul(x, w), (x, w, is_trainable, propagates)
 
 
-def _gated_backward(residuals: tuple[Array, Array, Array, Array | None], g: Array) -> tuple[Array | None, ...]:
+def _gated_backward(
+    stages: Stages, residuals: tuple[Array, Array, Array, Array | None], g: Array
+) -> tuple[Array | None, ...]:
     x, w, is_trainable, propagates = residuals
 
     def input_gradient() -> Array:
         return jnp.matmul(g, w.T)
 
-    def weight_gradient() -> Array:
-        return jnp.matmul(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
-
     dx = input_gradient() if propagates is None else lax.cond(propagates, input_gradient, lambda: jnp.zeros_like(x))
-    dw = lax.cond(is_trainable, weight_gradient, lambda: jnp.zeros_like(w))
+    dw = lax.cond(is_trainable, lambda: weight_gradient(x, g, stages), lambda: jnp.zeros_like(w))
     return dx, dw, None, None
 
 

@@ -437,6 +437,20 @@ def test_the_step_of_every_method_compiles_for_a_tpu(name, directory, quick_comp
     assert compiled.step.memory_analysis().argument_size_in_bytes >= 0.9 * held
 
 
+@needs_compiler
+@pytest.mark.parametrize("name", ["full", "hft"])
+def test_weight_gradients_are_scattered_over_a_torus_of_many_chips(name, directory, quick_compiler):
+    """XLA alone would sum each matrix on all chips, and keep a row or two of it on each."""
+    wanted = config(directory, f"{{name: {name}}}", "model.attention=xla", "data.batch_size=64")
+    model = load_model(directory)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:8x8")))
+    found = hlo.costs(hlo.parse(compile_step(wanted, model, mesh).step.as_text()))
+    sums = [c for c in found.collectives if c.kind == "all-reduce" and "dot_general" in c.op_name]
+    assert not whole_matrices(model) & {sides(dims) for c in sums for _, dims in c.result}
+    stages = [c for c in found.collectives if c.kind == "reduce-scatter"]
+    assert stages and {c.group for c in stages} == {8}, "along one axis of the torus, then the other"
+
+
 def sides(dims):
     """A shape up to transposition and axes of 1."""
     return tuple(sorted(n for n in dims if n > 1))

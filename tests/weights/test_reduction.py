@@ -1,0 +1,102 @@
+"""Weight gradients summed in stages over a mesh: the sums that XLA makes, as reduce-scatters, where they are used."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxft.distributed import MeshConfig, make_mesh
+from jaxft.distributed.mesh import torus_stages
+from jaxft.weights import linear, split_layers
+from jaxft.weights.core import scan_layers
+from jaxft.weights.reduction import scattered_in, stages_for
+
+LAYERS, DIM = 4, 16
+
+
+def stack():
+    return jax.random.normal(jax.random.key(0), (LAYERS, DIM, DIM)) / 4
+
+
+NODES = {
+    "array": stack,
+    "split": lambda: split_layers(stack(), jnp.array([True, False, False, True]), 2),
+}
+
+
+def loss(w, x):
+    def block(x, layer, _):
+        return jnp.tanh(linear(x, layer)), None
+
+    return jnp.sum(jnp.square(scan_layers(jax.checkpoint(block), w, x, None)[0]))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "sequence": 2}], ids=str)
+@pytest.mark.parametrize("name", NODES)
+def test_gradients_are_those_of_one_device(name, sizes):
+    mesh, w = make_mesh(MeshConfig(**{"data": 1, **sizes})), NODES[name]()
+    x = jax.random.normal(jax.random.key(1), (8, 6, DIM))
+    expected = jax.grad(loss, argnums=(0, 1), allow_int=True)(w, x)
+    stages = (2, sizes["fsdp"] // 2)
+    rows = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    places = jax.tree.map(lambda a: rows if a.ndim == 3 else NamedSharding(mesh, PartitionSpec()), w)
+    tokens = NamedSharding(mesh, PartitionSpec(("data", "expert", "fsdp"), "sequence"))
+
+    @jax.jit
+    def gradients(w, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), scattered_in(stages):
+            return jax.grad(loss, argnums=(0, 1), allow_int=True)(w, x)
+
+    placed = jax.device_put(w, places), jax.device_put(x, tokens)
+    assert "reduce_scatter" in str(jax.make_jaxpr(gradients)(*placed))
+    found = gradients(*placed)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_weights_have_no_gradient_to_sum():
+    mesh, x = make_mesh(MeshConfig(fsdp=8)), jnp.ones((8, 6, DIM))
+
+    def of_input(x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), scattered_in((2, 4)):
+            return jax.grad(lambda x: loss(stack(), x))(x)
+
+    assert "reduce_scatter" not in str(jax.make_jaxpr(of_input)(x))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "stages"),
+    [
+        ({"fsdp": 8}, (8, 6, 16), (2, 4)),
+        ({"fsdp": 8}, (4, 6, 16), ()),  # rows
+        ({"fsdp": 8}, (8, 6, 12), ()),  # the matrix
+        ({"fsdp": 4, "sequence": 2}, (8, 5, 16), ()),
+        ({"fsdp": 4, "tensor": 2}, (8, 6, 16), ()),
+        ({"fsdp": 8}, (48, 16), ()),
+    ],
+)
+def test_what_does_not_divide_is_left_to_xla(sizes, shape, stages):
+    mesh, x = make_mesh(MeshConfig(**{"data": 1, **sizes})), jnp.zeros(shape)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), scattered_in((2, sizes["fsdp"] // 2)):
+        assert stages_for(x) == stages
+    assert stages_for(x) == ()
+
+
+def devices(order):
+    """A mesh axis over devices at these coordinates."""
+    line = np.array([types.SimpleNamespace(coords=c) for c in order], object)
+    return types.SimpleNamespace(axis_names=("fsdp",), devices=line)
+
+
+def test_stages_are_the_sides_of_the_torus():
+    box = [(x, y, 0) for x in range(4) for y in range(16)]
+    assert torus_stages(devices(box)) == (4, 16)
+    assert torus_stages(devices([(x, y, z) for z in range(4) for x in range(4) for y in range(4)])) == (4, 4, 4)
+    assert torus_stages(devices(box[:32])) == (), "XLA sums while it multiplies"
+    assert torus_stages(devices([(x, y if x % 2 == 0 else 15 - y, 0) for x in range(4) for y in range(16)])) == ()
+    assert torus_stages(devices([(2 * x, y, 0) for x in range(4) for y in range(16)])) == (), "no neighbours"
+    assert torus_stages(make_mesh(MeshConfig(fsdp=8)), fewest=1) == (), "a CPU has no coordinates"
