@@ -163,7 +163,9 @@ def selection(
             mask, k = chosen[path]
             stacked = probe.roles.is_stacked(path)
             if granularity in WITHIN:
-                return cut_units(w, positions(mask, k), granularity, size, stacked)
+                with as_values(mask):
+                    index = positions(mask, k)
+                return cut_units(w, index, granularity, size, stacked)
             return cut_layers(w, np.asarray(mask)[:, 0]) if stacked and granularity != "leaf" else Trains(w)
 
         tuned = split(rewrite(params, list(chosen), cut, roles=probe.roles))
@@ -234,9 +236,7 @@ def choose(
     matrices = {p: shape_of(weights[p])[probe.roles.is_stacked(p) :] for p in paths}
     units = {"element": "entries", "matrix": "matrices", "leaf": "leaves"}.get(measure.granularity)
     units = units or f"{measure.granularity}s"
-    traced = any(isinstance(s, jax.core.Tracer) for s in scores.values())
-    # Random scores are values also where `init` is traced over abstract weights: so is what they choose.
-    with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
+    with as_values(*scores.values()):
         if measure.granularity == "layer":
             whole = {"layer": sum(scores.values())}
             every = {"layer": np.logical_and.reduce(list(allowed.values()))}
@@ -244,6 +244,12 @@ def choose(
         else:
             chosen = spend(scores, allowed, budget, per, _categories(probe.roles, params), matrices, units)
     return {p: (mask, k) for p, (mask, k) in chosen.items() if k or keep_empty}
+
+
+def as_values(*arrays: Array) -> contextlib.AbstractContextManager:
+    """Where `init` is traced over abstract weights, what follows from values (random scores) stays a value."""
+    traced = any(isinstance(a, jax.core.Tracer) for a in arrays)
+    return contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
 
 
 def _check(granularity: str, per: Per | None, size: int, due: object, values: str, budget: Budget, lowest: bool) -> Per:
@@ -343,22 +349,23 @@ def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: boo
 
 def _cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> UnitNode:
     stack = shape_of(w)[:-2] if granularity in ("row", "column", "block") else shape_of(w)[:stacked]
-    index = index.reshape(*stack, index.shape[-1])
+    with as_values(index):
+        index = spell_out(index.reshape(*stack, index.shape[-1]), size if granularity in ("row", "column") else 1)
     if granularity == "element":
         return SparseDelta(w, Trains(jnp.zeros(index.shape, jnp.float32)), index)
     dense = materialize(w)
     if granularity == "block":
         return BlockSplit(w, Trains(gather_blocks(dense, index, size, size)), index)
-    axis, index = {"row": -2, "column": -1, "expert": -3}[granularity], spell_out(index, size)
+    axis = {"row": -2, "column": -1, "expert": -3}[granularity]
     return RowSplit(w, Trains(gather_rows(dense, index, axis)), index, axis)
 
 
-def cut_layers(w: Array, mask: Array) -> Weight:
+def cut_layers(w: Array, mask: np.ndarray) -> Weight:
     """A stack `[L, ...]` of which the masked layers train: `Split`, or the marked array where all do."""
-    k = int(np.asarray(mask).sum())
+    k = int(mask.sum())
     if k == mask.size:
         return Trains(w)
-    cut = split_layers(w, mask, k)
+    cut = split_layers(w, jnp.asarray(mask), k)
     return cut.replace(trainable=Trains(cut.trainable))
 
 

@@ -1,12 +1,13 @@
 """Presets written from the vocabulary alone are the presets, bit for bit, through re-selection too."""
 
+import jax
 import numpy as np
 import pytest
 
-from jaxft.methods import build, select
+from jaxft.methods import Probe, build, select
 from jaxft.methods.selection.freezeasguard import freezeasguard, guard
 from jaxft.partition import weights_by_path
-from tests.methods.selection.toy import STEPS, dense, params, train
+from tests.methods.selection.toy import KEY, STEPS, dense, params, train
 
 # A preset, and the same in `select` (and `full`, where whole weights train throughout), each as a configuration.
 PRESETS = {
@@ -178,6 +179,20 @@ def test_the_vocabulary_alone_reproduces_a_preset(name):
     preset, spec = PRESETS[name]
     other = spec if isinstance(spec, list) else {"name": "select", **spec}
     same(build(preset), build(other), params(experts=True) if name == "esft" else None)
+
+
+PLANNED = ("apet", "badam", "hft", "hft-of-layers", "hft-of-the-model", "lisa", "paca", "shira")
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_what_is_drawn_at_random_is_planned_as_it_runs(name):
+    """Shapes do not wait for the weights, which `jaxft plan` does not have."""
+    method = build(PRESETS[name][0])
+    planned = jax.eval_shape(lambda given: method.init(KEY, given, Probe(total_steps=STEPS)), params())
+    made = method.init(KEY, params(), Probe(total_steps=STEPS))
+    assert jax.tree.structure(planned) == jax.tree.structure(made)
+    for a, b in zip(jax.tree.leaves(planned), jax.tree.leaves(made), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
 
 
 def test_a_preset_with_a_score_of_its_own_is_select_with_that_score():
