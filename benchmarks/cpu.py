@@ -3,7 +3,8 @@
     python benchmarks/cpu.py                        # full, LoRA and HFT; writes benchmarks/results/cpu.{json,md}
     python benchmarks/cpu.py --threads 2 --keep-memory
     python benchmarks/cpu.py --methods all --no-torch      # every registered method, with its example options
-    python benchmarks/cpu.py --batch 2 --seq-len 64        # few tokens a step: the optimizer's pass counts for more
+    python benchmarks/cpu.py --methods full hft --dim 512 --layers 8 --vocab 512 --batch 2 --seq-len 64 \\
+        --results benchmarks/results/cpu-few-tokens        # where weight gradients and the optimizer are most of a step
 
 Both frameworks train the same Llama (random weights, float32, AdamW, clipping), each in a process of
 its own with the same number of cores. The processes take turns step by step, so that whatever else the machine does
@@ -92,7 +93,7 @@ def row(method: str, found: dict[str, dict[str, Any]]) -> str:
     """One line of the table."""
     ours, full, peer = found["jax"], found["full"], found.get("torch", {})
     if "failed" in ours:
-        return f"| {method} | {ours['failed']} | | | | | | | | |"
+        return f"| {method} | {ours['failed']} | | | | | | | | | |"
     median = {clock: 1e3 * statistics.median(ours[clock]) for clock in CLOCKS}
     cells = [
         method,
@@ -100,6 +101,7 @@ def row(method: str, found: dict[str, dict[str, Any]]) -> str:
         f"{median['processor']:.0f}",
         f"{median['wall']:.0f}",
         f"{ratio(ours, full, 'processor'):.2f}",
+        f"{(ours['gradient_bytes'] + ours['optimizer_bytes']) / 2**20:.0f}",
         f"{(ours['state_bytes'] + ours['temporary_bytes']) / 2**20:.0f}",
         f"{ours['peak_bytes'] / 2**20:.0f}",
     ]
@@ -122,11 +124,11 @@ def page(record: dict[str, Any]) -> str:
         f"A Llama of {record['model']}; {record['batch']} x {record['seq_len']} tokens, float32, AdamW, "
         f"recomputing {record['remat']}.\n",
         "Medians over alternating steps. *Trained*, in millions. *cpu*: processor time; *to full*, *to torch*: of "
-        "processor time unless it says wall; below 1 is faster. *step MiB*: arguments and temporaries of the compiled "
-        "step; *peak MiB*: of the process, compilation included.\n",
-        "| method | trained | cpu ms | wall ms | to full | step MiB | peak MiB | to torch | to torch, wall | "
+        "processor time unless it says wall; below 1 is faster. *held MiB*: gradient and optimizer state; *step MiB*: arguments and "
+        "temporaries of the compiled step; *peak MiB*: of the process, compilation included.\n",
+        "| method | trained | cpu ms | wall ms | to full | held MiB | step MiB | peak MiB | to torch | to torch, wall | "
         "torch's peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [row(method, found) for method, found in record["methods"].items()]) + "\n"
 

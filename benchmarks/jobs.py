@@ -123,6 +123,8 @@ def prepare(job: Job) -> tuple[Callable[[], float], dict[str, Any]]:
     facts = {
         "parameters": sum(a.size for a in jax.tree.leaves(model.abstract())),
         "trained_parameters": sum(a.size for a in jax.tree.leaves(state.trainable)),
+        "gradient_bytes": sum(a.nbytes for a in jax.tree.leaves(state.trainable)),
+        "optimizer_bytes": sum(a.nbytes for a in jax.tree.leaves(state.opt_state)),
         "attention": "cudnn" if "__cudnn$fmha" in compiled.as_text() else "xla",
         "compile_seconds": seconds,
         "state_bytes": memory.argument_size_in_bytes,
