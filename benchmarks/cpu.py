@@ -124,10 +124,10 @@ def page(record: dict[str, Any]) -> str:
         f"A Llama of {record['model']}; {record['batch']} x {record['seq_len']} tokens, float32, AdamW, "
         f"recomputing {record['remat']}.\n",
         "Medians over alternating steps. *Trained*, in millions. *cpu*: processor time; *to full*, *to torch*: of "
-        "processor time unless it says wall; below 1 is faster. *held MiB*: gradient and optimizer state; *step MiB*: arguments and "
-        "temporaries of the compiled step; *peak MiB*: of the process, compilation included.\n",
-        "| method | trained | cpu ms | wall ms | to full | held MiB | step MiB | peak MiB | to torch | to torch, wall | "
-        "torch's peak MiB |",
+        "processor time unless it says wall; below 1 is faster. *held MiB*: gradient and optimizer "
+        "state; *step MiB*: arguments and temporaries of the compiled step; *peak MiB*: of the process, compilation included.\n",
+        "| method | trained | cpu ms | wall ms | to full | held MiB | step MiB | peak MiB | to torch "
+        "| to torch, wall | torch's peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [row(method, found) for method, found in record["methods"].items()]) + "\n"
