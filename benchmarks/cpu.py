@@ -125,7 +125,8 @@ def page(record: dict[str, Any]) -> str:
         f"recomputing {record['remat']}.\n",
         "Medians over alternating steps. *Trained*, in millions. *cpu*: processor time; *to full*, *to torch*: of "
         "processor time unless it says wall; below 1 is faster. *held MiB*: gradient and optimizer "
-        "state; *step MiB*: arguments and temporaries of the compiled step; *peak MiB*: of the process, compilation included.\n",
+        "state; *step MiB*: arguments and temporaries of the compiled step; *peak MiB*: of the process, "
+        "compilation included.\n",
         "| method | trained | cpu ms | wall ms | to full | held MiB | step MiB | peak MiB | to torch "
         "| to torch, wall | torch's peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
