@@ -140,11 +140,9 @@ def test_uneven_selections_are_packed_and_mean_the_same():
 TWO, EXPERTS = "layers.mlp.{gate,down}.kernel", "layers.mlp.experts.{gate,down}.kernel"
 GRANULARITIES = {
     "element": {"budget": 60, "on": TWO},
-    "row": {"budget": 9, "on": TWO},
     "column": {"budget": 9, "on": TWO},
-    "row-groups": {"budget": 5, "size": 4, "on": TWO},
+    "row": {"budget": 5, "size": 4, "on": TWO},
     "block": {"budget": 12, "size": 2, "on": TWO},
-    "expert": {"budget": 5, "on": EXPERTS},
     "row-of-experts": {"budget": 15, "on": EXPERTS},
 }
 OTHERS = {
