@@ -15,7 +15,17 @@ from jaxft.models.attention import PROMPT_SEGMENT
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import rms_norm, run_layers
 from jaxft.models.sharding import constrain, mesh_axes
-from jaxft.weights import Tree, embed, is_node, linear, prompt_embeddings, site, unembed, value
+from jaxft.weights import (
+    Tree,
+    embed,
+    linear,
+    materialize,
+    prompt_embeddings,
+    site,
+    unembed,
+    unembed_rule,
+    value,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +98,20 @@ class LanguageModel:
             return x, routed
         return x if cache is None else (x, cache)
 
+    def head(self, params: Tree) -> Tree:
+        """What `logits` reads of `params`, to be taken once where it is called for many pieces of a sequence.
+
+        A tied table is stored divided by width, for the look-up. On a mesh it becomes an array divided by vocabulary,
+        as a head is: else each piece would gather it. Nodes that have an `unembed` rule of their own stay.
+        """
+        if head := params.get("head"):
+            return {"head": head}
+        table = params["embed"]["embedding"]
+        divided = mesh_axes("vocab", self.config.vocab_size) is not None
+        if divided and type(table) not in unembed_rule.registry:
+            table = constrain(materialize(table), "vocab", None)
+        return {"embed": {"embedding": table}}
+
     def logits(self, params: Tree, hidden: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
         """Scores of the next token in fp32, computed in the dtype of `hidden`; a head of its own or a tied one."""
         # The vocabulary is divided over `fsdp` too, where the batch was: hidden states are gathered, the head never is.
@@ -96,12 +120,9 @@ class LanguageModel:
         divided = mesh_axes("vocab", self.config.vocab_size) is not None
         if divided:
             hidden = constrain(hidden, *layout, None)
+        params = self.head(params)
         head = params.get("head", {})
-        table = params["embed"]["embedding"]
-        if divided and not head and not is_node(table):
-            # Stored divided by width, for the look-up. Read as a head is stored: else each piece of a loss gathers it.
-            table = constrain(table, "vocab", None)
-        scores = linear(hidden, head["kernel"]) if head else unembed(hidden, table)
+        scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
         scores = (constrain(scores, *layout, "vocab") if divided else scores).astype(jnp.float32)
         scores = scores + value(head["bias"], jnp.float32) if "bias" in head else scores
         cap = self.config.final_logit_softcapping

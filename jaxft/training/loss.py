@@ -189,7 +189,7 @@ def language_model_loss(
 
     Args:
         model: has `hidden(params, tokens, positions=, segment_ids=, dtype=, remat=, attention=)` and
-            `logits(params, hidden)`.
+            `logits(params, hidden)`; where it has `head(params)` too, `logits` gets that.
         compute_dtype: dtype of activations and matrix products.
         remat: what the backward pass recomputes, see the model.
         attention: the attention implementation, see the model.
@@ -226,11 +226,12 @@ def language_model_loss(
         )
         hidden, routing = hidden if router_aux_loss else (hidden, None)
         weights = batch["weights"]
+        head = model.head(params) if hasattr(model, "head") else params
         found = cross_entropy(
             hidden,
             batch["targets"],
             weights,
-            lambda h: model.logits(params, h),
+            lambda h: model.logits(head, h),
             chunks=chunks,
             row_shards=row_shards,
             gathered=_gathered(getattr(config, "vocab_size", 0)),

@@ -34,7 +34,9 @@ from jaxft.hub import load_model
 from jaxft.methods import build
 from jaxft.methods.registry import methods
 from jaxft.partition import combine
+from jaxft.training import loss
 from jaxft.training.state import abstract_state, init_state, tuned_of
+from jaxft.weights import RowSplit
 
 needs_compiler = pytest.mark.skipif(topology.compiler() is None, reason=topology.MISSING)
 VOCAB, DIM, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, ROWS, SEQ = 896, 256, 640, 6, 6, 2, 64, 4, 128
@@ -322,6 +324,23 @@ def test_layers_of_two_kinds_are_one_scan_with_a_kernel_of_each(directory, tmp_p
     gathered = [dims for c in found.collectives if c.kind == "all-gather" for _, dims in c.result]
     assert gathered and not any(VOCAB in dims for dims in gathered), "neither a tied table nor scores"
     assert found.least_flops == found.flops == found.most_flops
+
+
+@needs_compiler
+def test_half_of_a_tied_table_trains_and_no_piece_of_the_loss_moves_it(
+    directory, tmp_path, monkeypatch, quick_compiler
+):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 0)  # two pieces
+    tied = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(tied))
+    wanted, model = config(tmp_path, "{name: hft}", "model.attention=xla", "data.batch_size=16"), load_model(tmp_path)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x2")))
+    compiled = compile_step(wanted, model, mesh)
+    params = combine(tuned_of(compiled.state, compiled.frozen))
+    assert isinstance(params["embed"]["embedding"], RowSplit)
+    found = hlo.costs(hlo.parse(compiled.step.as_text()))
+    moved = [c for c in found.collectives if any(VOCAB in dims or VOCAB // 2 in dims for _, dims in c.result)]
+    assert moved and all(c.times == 1 for c in moved)
 
 
 @needs_compiler
