@@ -106,7 +106,10 @@ def _categories(params: Tree, roles: Roles) -> list[str]:
     """The stacked arrays of all categories."""
     found = [p for paths in roles.categories.values() for p in stacked_arrays(params, paths, roles)]
     if not found:
-        raise JaxftError("hft: no stacked matrix of any category is left to draw from")
+        raise JaxftError(
+            "hft: no stacked matrix of any category is left to draw from (jaxft.stack_layers makes a stack of layers that "
+            "a model keeps apart)"
+        )
     return found
 
 
