@@ -107,8 +107,8 @@ def _categories(params: Tree, roles: Roles) -> list[str]:
     found = [p for paths in roles.categories.values() for p in stacked_arrays(params, paths, roles)]
     if not found:
         raise JaxftError(
-            "hft: no stacked matrix of any category is left to draw from (jaxft.stack_layers makes a stack of layers that "
-            "a model keeps apart)"
+            "hft: no stacked matrix of any category is left to draw from (of layers that a model keeps apart, "
+            "jaxft.stack_layers makes a stack)"
         )
     return found
 
