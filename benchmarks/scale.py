@@ -14,8 +14,10 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
+
+from jaxft.distributed.topology import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
@@ -80,14 +82,11 @@ def main() -> None:
 
 
 def versions() -> str:
-    """The packages that decide the figures."""
-    found = []
-    for package in ("jax", "libtpu"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} unknown")
-    return ", ".join(found)
+    """The packages that decide the figures; libtpu may lie in a folder of its own."""
+    folder = compiler()
+    beside = [str(folder.parent.parent)] if folder else []
+    found = {d.name: d.version for d in distributions(path=[*beside, *sys.path]) if d.name in ("jax", "libtpu")}
+    return ", ".join(f"{package} {found.get(package, 'unknown')}" for package in ("jax", "libtpu"))
 
 
 HEAD = """# Scale

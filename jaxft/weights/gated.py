@@ -22,7 +22,7 @@ from jaxft.weights.core import (
     static,
 )
 from jaxft.weights.ragged import Axes, by_materializing_ragged, ragged_linear_rule, ragged_matmul, ragged_outer
-from jaxft.weights.reduction import Stages, stages_for, weight_gradient
+from jaxft.weights.reduction import Stages, gathered, stages_for, weight_gradient
 
 
 @node
@@ -67,13 +67,13 @@ def gated_matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _gated_matmul(x: Array, w: Array, is_trainable: Array, propagates: Array | None, stages: Stages) -> Array:
-    return jnp.matmul(x, w)
+    return jnp.matmul(x, gathered(w, stages))
 
 
 def _gated_forward(
     x: Array, w: Array, is_trainable: Array, propagates: Array | None, stages: Stages
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    return jnp.matmul(x, w), (x, w, is_trainable, propagates)
+    return jnp.matmul(x, gathered(w, stages)), (x, w, is_trainable, propagates)
 
 
 def _gated_backward(
@@ -82,7 +82,7 @@ def _gated_backward(
     x, w, is_trainable, propagates = residuals
 
     def input_gradient() -> Array:
-        return jnp.matmul(g, w.T)
+        return jnp.matmul(g, gathered(w, stages).T)
 
     dx = input_gradient() if propagates is None else lax.cond(propagates, input_gradient, lambda: jnp.zeros_like(x))
     dw = lax.cond(is_trainable, lambda: weight_gradient(x, g, stages), lambda: jnp.zeros_like(w))

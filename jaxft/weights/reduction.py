@@ -1,10 +1,11 @@
-"""Gradients of weights that are divided over many chips: summed in stages, each chip keeping only its rows.
+"""Weights whose rows are divided over many chips: gathered, and their gradients summed, in stages.
 
-A weight `[d_in, d_out]` whose rows are divided over `fsdp` wants the sum over all chips of `x.T @ g`, and of it only a
-part on each. On groups that span more than one axis of a torus XLA's TPU compiler (libtpu 0.0.42) makes that an
-all-reduce of the whole matrix, of which each chip then throws most away: twice the traffic. Here it is a reduce-scatter
-along one axis of the torus after the other, which stay what they are. Up to 32 chips XLA sums while it multiplies
-(collective matrix products), which is better still; that is left to it.
+A chip that holds some rows of a weight `[d_in, d_out]` wants all of them for a product, and of the sum over all chips
+of `x.T @ g` it wants its rows. On groups that span several axes of a torus XLA's TPU compiler (libtpu 0.0.42) makes the
+sum an all-reduce of the whole matrix, of which each chip throws most away; on three axes (v4, v5p) the gather becomes
+an all-reduce of pieces padded with zeros. Either sends twice the bytes. Along one axis of the torus after the other,
+both stay what they are. Up to 32 chips XLA gathers and sums while it multiplies (collective matrix products), which is
+better still and left to it.
 """
 
 import contextlib
@@ -52,6 +53,20 @@ def stages_for(x: Float[Array, "... d_in"]) -> Stages:
     return stages if divides and size["tensor"] == 1 and size["fsdp"] == math.prod(stages) else ()
 
 
+def gathered(w: Float[Array, "d_in d_out"], stages: Stages) -> Float[Array, "d_in d_out"]:
+    """All rows of `w`, which are divided over `fsdp`: in `stages` where there are three of them."""
+    if len(stages) < 3:
+        return w
+
+    def local(part: Array) -> Array:
+        for groups in reversed(list(_groups(stages))):
+            part = lax.all_gather(part, "fsdp", axis_index_groups=groups, tiled=True)
+        return part
+
+    rows = PartitionSpec("fsdp")
+    return jax.shard_map(local, in_specs=rows, out_specs=PartitionSpec(), check_vma=False)(w)
+
+
 def weight_gradient(
     x: Float[Array, "*rows d_in"], g: Float[Array, "*rows d_out"], stages: Stages = ()
 ) -> Float[Array, "d_in d_out"]:
@@ -87,13 +102,13 @@ def _groups(stages: Stages) -> Iterator[list[list[int]]]:
 def scattered_matmul(
     x: Float[Array, "batch seq d_in"], w: Float[Array, "d_in d_out"], stages: Stages
 ) -> Float[Array, "batch seq d_out"]:
-    """`x @ w` whose weight gradient is summed in `stages`."""
-    return jnp.matmul(x, w)
+    """`x @ w` whose weight is gathered, and its gradient summed, in `stages`."""
+    return jnp.matmul(x, gathered(w, stages))
 
 
 def _forward(x: Any, w: Any, stages: Stages) -> tuple[Array, tuple[Array | None, Array | None]]:
     kept = (x.value if w.perturbed else None, w.value if x.perturbed else None)
-    return jnp.matmul(x.value, w.value), kept
+    return jnp.matmul(x.value, gathered(w.value, stages)), kept
 
 
 def _backward(
@@ -102,7 +117,8 @@ def _backward(
     x, w = kept
     if isinstance(g, SymbolicZero):
         return None, None
-    return None if w is None else jnp.matmul(g, w.T), None if x is None else weight_gradient(x, g, stages)
+    dx = None if w is None else jnp.matmul(g, gathered(w, stages).T)
+    return dx, None if x is None else weight_gradient(x, g, stages)
 
 
 scattered_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
