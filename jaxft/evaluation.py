@@ -26,6 +26,7 @@ from jaxft.data import DataConfig, EvaluationSetConfig, check_vocabulary, evalua
 from jaxft.distributed import row_shards
 from jaxft.distributed.sharding import batch_spec, fit_spec
 from jaxft.errors import JaxftError
+from jaxft.models.language_model import head_of
 
 Batch = Mapping[str, np.ndarray]
 Params = Any
@@ -124,8 +125,10 @@ def token_losses(
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, chunks, size, width)
     targets = jnp.pad(batch["targets"], ((0, 0), (0, pad))).reshape(rows, chunks, size)
 
+    head = head_of(model, params)
+
     def one(part: tuple[Array, Array]) -> Array:
-        logits = model.logits(params, part[0]).astype(jnp.float32)
+        logits = model.logits(head, part[0]).astype(jnp.float32)
         picked = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
 

@@ -11,9 +11,9 @@ from jax.sharding import AxisType, Mesh
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jaxft.errors import JaxftError
+from jaxft.weights.reduction import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
-BATCH_AXES = ("data", "expert", "fsdp")  # the axes over which the rows of a batch are split
 
 _logger = logging.getLogger(__name__)
 

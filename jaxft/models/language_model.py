@@ -28,6 +28,11 @@ from jaxft.weights import (
 )
 
 
+def head_of(model: Any, params: Tree) -> Tree:
+    """What `model.logits` is given of `params`, for calls in pieces: `model.head(params)`, all of it without such."""
+    return model.head(params) if hasattr(model, "head") else params
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A decoder language model: a config, and pure functions of a params tree (docs/architecture.md).

@@ -11,8 +11,10 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxft.weights.reduction import BATCH_AXES
+
 MESH_AXES = {
-    "batch": ("data", "expert", "fsdp"),
+    "batch": BATCH_AXES,
     "sequence": ("sequence",),
     "heads": ("tensor",),
     "replicas": ("data", "expert"),  # the batch, where `fsdp` divides the width instead

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -76,7 +76,16 @@ from jaxft.training.output import RunDirectory, config_fingerprint
 from jaxft.training.precision import Precision, cast_floating, dtype
 from jaxft.training.preemption import Interrupted, StopRequest
 from jaxft.training.report import Report, report_markdown
-from jaxft.training.state import TrainState, abstract, init_state, lay_out, parameters, shardings_of, tuned_of
+from jaxft.training.state import (
+    Offloadable,
+    TrainState,
+    abstract,
+    init_state,
+    lay_out,
+    parameters,
+    shardings_of,
+    tuned_of,
+)
 from jaxft.training.step import Schedule, TrainStep, make_train_step
 from jaxft.weights import materialize
 from jaxft.weights.memory import fetch
@@ -113,7 +122,7 @@ class TrainingConfig(BaseModel):
     z_loss: float = Field(
         0.0, ge=0, description="Weight of the squared log-partition, which keeps logits from drifting."
     )
-    offload: list[Literal["optimizer", "frozen"]] = Field(
+    offload: list[Offloadable] = Field(
         default_factory=list,
         description="What waits in host memory: `optimizer`, the optimizer's state, fetched and stored parameter by "
         "parameter at every update; `frozen`, the frozen matrices of layers, fetched layer by layer (not with "
@@ -369,7 +378,7 @@ def short_run(job: Job, batches: TrainBatches, params: PyTree, method: Method, s
     train_step = make_step(job, method, state)
     for _, batch in zip(range(steps), batches, strict=False):
         state, _ = train_step(state, frozen, shard_batch(batch, job.mesh))
-    return materialize(fetch(parameters(state, frozen)))
+    return materialize(parameters(state, frozen))
 
 
 # Running

@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.errors import JaxftError
+from jaxft.models.language_model import head_of
 from jaxft.models.sharding import MESH_AXES, mesh_axes
 
 Batch = dict[str, Array]
@@ -226,7 +227,7 @@ def language_model_loss(
         )
         hidden, routing = hidden if router_aux_loss else (hidden, None)
         weights = batch["weights"]
-        head = model.head(params) if hasattr(model, "head") else params
+        head = head_of(model, params)
         found = cross_entropy(
             hidden,
             batch["targets"],

@@ -1,7 +1,7 @@
 """What a training run carries from step to step, and how it starts."""
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxft.distributed.sharding import (
     tree_shardings,
     tuned_shardings,
 )
-from jaxft.errors import JaxftError
+from jaxft.errors import JaxftError, nearest
 from jaxft.methods.base import Method, wrap_optimizer
 from jaxft.methods.probe import Probe
 from jaxft.partition import Tuned, combine
@@ -112,13 +112,15 @@ def abstract_state(
     )
 
 
-OFFLOADABLE = ("optimizer", "frozen")
+Offloadable = Literal["optimizer", "frozen"]
 
 
 def _places(
     tuned: Tuned, opt_state: Tree, shardings: Tuned, mesh: Mesh, offload: Collection[str]
 ) -> tuple[Tuned, Tree]:
     """Shardings of a cut and of the optimizer's state, in the memory where each array waits."""
+    if unknown := set(offload) - set(get_args(Offloadable)):
+        raise JaxftError(f'offload holds "{min(unknown)}": {nearest(min(unknown), get_args(Offloadable))}')
     places = optimizer_shardings(opt_state, tuned.trainable, shardings.trainable, mesh)
     if "optimizer" in offload:
         places = to_host_memory(opt_state, places)
@@ -186,7 +188,7 @@ def init_state(
         rules: which axis goes where, see `jaxft.distributed.tree_shardings`.
         report: is told what could not be divided as the rules say.
         donate: the caller needs `params` no more. Otherwise trainable leaves are copied, since a step donates them.
-        offload: what waits in host memory, of `OFFLOADABLE`: "optimizer", the optimizer's state between updates;
+        offload: what waits in host memory, of `Offloadable`: "optimizer", the optimizer's state between updates;
             "frozen", the frozen matrices of stacked layers, which a scan over layers fetches one layer at a time.
 
     Returns:

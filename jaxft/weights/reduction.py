@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
-BATCH_AXES = ("data", "expert", "fsdp")
+BATCH_AXES = ("data", "expert", "fsdp")  # the mesh axes over which the rows of a batch are divided
 Stages = tuple[int, ...]
 _STAGES: ContextVar[Stages] = ContextVar("stages", default=())
 

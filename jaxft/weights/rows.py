@@ -1,6 +1,7 @@
 """`RowSplit`: some rows or columns of a matrix train (input and output channels, vocabulary rows), or some experts."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,11 +138,7 @@ def _(w: RowSplit, x: Array, sizes: Array, axes: Axes) -> Array:
 def _(w: RowSplit, spec: PartitionSpec) -> RowSplit:
     entries = list(pad_spec(spec, len(w.rows.shape)))
     entries[w.axis] = None
+    rows: Any = PartitionSpec(*entries)
     if isinstance(w.rows, Packed):
-        window = PartitionSpec(*entries[w.index.ndim - 1 :])
-        return w.replace(
-            base=specs(w.base, spec),
-            rows=w.rows.replace(values=window, start=PartitionSpec()),
-            index=PartitionSpec(),
-        )
-    return RowSplit(specs(w.base, spec), PartitionSpec(*entries), PartitionSpec(), w.axis)
+        rows = w.rows.replace(values=PartitionSpec(*entries[w.index.ndim - 1 :]), start=PartitionSpec())
+    return w.replace(base=specs(w.base, spec), rows=rows, index=PartitionSpec())

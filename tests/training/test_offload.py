@@ -13,6 +13,7 @@ from jaxft.checkpoint import Checkpointer
 from jaxft.config import impossible
 from jaxft.distributed import MeshConfig, make_mesh, shard_batch
 from jaxft.distributed.sharding import to_host_memory
+from jaxft.errors import JaxftError
 from jaxft.methods import build
 from jaxft.models import DecoderConfig, LanguageModel
 from jaxft.training import read_metrics, train
@@ -124,6 +125,11 @@ def test_a_run_resumes_bit_by_bit(tmp_path, capsys):
         losses = {r["step"]: r["loss"] for r in read_metrics(output / "metrics.jsonl") if "loss" in r}
         found.append((leaves, losses))
     assert found[0] == found[1]
+
+
+def test_what_cannot_wait_in_host_memory_is_refused():
+    with pytest.raises(JaxftError, match='offload holds "optimiser": did you mean "optimizer"'):
+        steps({"name": "full"}, ("optimiser",), count=0)
 
 
 def test_layers_that_would_stay_on_the_device_are_refused(tmp_path):

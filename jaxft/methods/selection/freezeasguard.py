@@ -66,14 +66,7 @@ def freezeasguard(
     return selection(score, granularity="matrix", lowest=True, budget=1 - frozen, per="model", on=on)
 
 
-def guard(
-    illegal: str = "",
-    frozen: float = 0.5,
-    guard_steps: int = 40,
-    user_rate: float = 1e-3,
-    mask_rate: float = 0.2,
-    batches: int = 2,
-) -> Score:
+def guard(illegal: str, frozen: float, guard_steps: int, user_rate: float, mask_rate: float, batches: int) -> Score:
     """The relaxed mask of every matrix as its score: the lowest train. Options are those of `freezeasguard`."""
 
     def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:

@@ -197,4 +197,5 @@ def test_what_is_drawn_at_random_is_planned_as_it_runs(name):
 
 def test_a_preset_with_a_score_of_its_own_is_select_with_that_score():
     options = {"illegal": "illegal", "frozen": 0.75, "guard_steps": 2, "batches": 1}
-    same(freezeasguard(**options), select(guard(**options), "matrix", 0.25, per="model", lowest=True))
+    rates = {"user_rate": 1e-3, "mask_rate": 0.2}
+    same(freezeasguard(**options), select(guard(**options, **rates), "matrix", 0.25, per="model", lowest=True))
