@@ -17,6 +17,8 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
+import peers
+
 from jaxft.distributed.topology import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +80,7 @@ def main() -> None:
         print(f"  {found['hbm_gib_per_chip']:.2f} GiB a chip, compiled in {found['compile_seconds']:.0f} s", flush=True)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
+    PAGE.write_text(page(results, peers.kept()))
 
 
 def versions() -> str:
@@ -110,8 +112,8 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
 """
 
 
-def page(results: dict) -> str:
-    """The Markdown page of all rows that have a result."""
+def page(results: dict, beside: dict) -> str:
+    """The Markdown page of all rows that have a result, and of other libraries (`peers.kept`)."""
     lines = []
     for name, (_, topology, _, goal) in ROWS.items():
         row = results.get(name)
@@ -137,7 +139,7 @@ def page(results: dict) -> str:
     notes = [f"\nCompiled with {', '.join(sorted({r['versions'] for r in results.values()}))}."] if results else []
     if missing:
         notes.append(f"\nNot compiled yet: {', '.join(missing)}.")
-    return HEAD + "\n".join(lines) + "\n" + "\n".join(notes) + "\n"
+    return HEAD + "\n".join(lines) + "\n" + "\n".join(notes) + "\n" + peers.section(beside)
 
 
 if __name__ == "__main__":

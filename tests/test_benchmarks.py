@@ -1,10 +1,12 @@
-"""The pieces of benchmarks/cpu.py and benchmarks/gpu.py: a job in its process, the peer, the pages they write."""
+"""The pieces of the benchmarks: a job in its process, the peers, the pages they write."""
 
 import importlib
 import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -19,7 +21,9 @@ def bench():
     """The benchmark modules, which import one another by their bare names."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield {name: importlib.import_module(name) for name in ("jobs", "torch_peer", "cpu", "gpu")}
+        yield {
+            name: importlib.import_module(name) for name in ("jobs", "torch_peer", "cpu", "gpu", "peers", "peer_job")
+        }
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -94,3 +98,33 @@ def test_flops_of_a_job_come_from_shapes_alone(bench):
 def test_ratios_are_medians_over_neighbouring_steps(bench):
     ours, theirs = {"wall": [1.0, 2.0, 30.0]}, {"wall": [2.0, 4.0, 3.0]}
     assert bench["cpu"].ratio(ours, theirs, "wall") == 0.5
+
+
+def test_a_peer_is_counted_as_jaxft_is_and_says_why_it_fails(bench, tmp_path, monkeypatch, capfd):
+    donated = jax.jit(lambda x, y: (x + 1, y.sum()), donate_argnums=0)
+    shape = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
+    seconds = {"compile_seconds": 2.0, "compile_cpu_seconds": 3.0}
+    bench["peer_job"].report(donated.lower(shape, shape).compile(), seconds, "as it comes", ("no-such-package",))
+    found = json.loads(capfd.readouterr().out)
+    assert found["memory_gib"]["arguments"] == 2 * 2**20 / 2**30
+    assert found["memory_gib"]["results"] < 2**10 / 2**30  # the donated array is written in place
+    assert found["hbm_gib"] == sum(found["memory_gib"].values())
+    assert found["versions"]["no-such-package"] == "not installed" and found["versions"]["jax"] == jax.__version__
+
+    peers = bench["peers"]
+    monkeypatch.setattr(peers, "HERE", tmp_path)
+    (tmp_path / "peer_tunix.py").write_text(f"import sys\nprint('noise')\nprint({json.dumps(json.dumps(found))})")
+    (tmp_path / "peer_maxtext.py").write_text("raise ValueError(f'no {__import__(\"sys\").argv[1]} here')")
+    assert peers.compile_peer("tunix", "full", ("llama3",), Path(sys.executable)) == found
+    failed = peers.compile_peer("maxtext", "lora", (), Path(sys.executable))
+    assert failed == {"failed": "ValueError: no lora here"}
+
+    runs = [{"compile_seconds": n, "compile_cpu_seconds": n, "versions": "jax 0"} for n in (1.0, 2.0)]
+    ours = [found | {"hbm_gib": found["hbm_gib"] / 2} | run for run in runs]
+    rows = {"tunix full": found | {"jaxft": ours[0]}, "maxtext full": failed | {"jaxft": ours[1]}}
+    page = peers.section(rows)
+    assert "| jaxft | full | **0.00** (0.00 + 0.00 + 0.00) | 2 (2) |  | configs/llama3.1-8b-full.yaml; jax 0 |" in page
+    assert "| no-such-package not installed | full |" in page and "| 2 (3) | 2.00, 3.00 | as it comes;" in page
+    assert "| maxtext | full | | | | failed: ValueError: no lora here |" in page
+    assert peers.section({}) == ""
