@@ -30,7 +30,7 @@ SETTINGS = {
     "remat_policy": "full",
     "scan_layers": True,
     "attention": "autoselected",  # splash attention on a TPU, but for the few tokens with which adapters are traced
-    "num_vocab_tiling": 8,
+    "num_vocab_tiling": 8,  # LoRA needs 4.52 GiB with 1, 3.97 with 8, 4.05 with 32
     "dtype": "bfloat16",
     "weight_dtype": "bfloat16",
     "grad_dtype": "bfloat16",

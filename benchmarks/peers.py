@@ -143,7 +143,10 @@ the figures.
 - **HBM**: GiB a chip, counted as above; in brackets: state that lives between steps and the batch, results not written
   in place, temporaries.
 - **compile**: tracing and compiling the step, wall seconds, and CPU seconds in brackets. jaxft's job is compiled before
-  each of the others; its row is the median. *times jaxft*: HBM, and CPU seconds of the two neighbours.
+  each of the others; its row is the median. *times jaxft*: HBM, and CPU seconds of the two neighbours. jaxft and
+  MaxText scan over the layers, tunix and EasyDeL compile each of the 32.
+- tunix's Llama module has no splash attention; its Qwen2 module, which adds biases to queries, keys and values, has.
+  MaxText's `train_compile` adds no adapters to the model; they are added as its fine-tuning trainer does.
 
 | library | job | HBM | compile | times jaxft | settings |
 |---|---|---|---|---|---|
