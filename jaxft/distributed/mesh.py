@@ -140,14 +140,14 @@ def _slices(shape: tuple[int, ...], dcn: int, devices: list[jax.Device]) -> np.n
     return np.asarray(devices).reshape(shape)
 
 
-def torus_stages(mesh: Mesh, axis: str = "fsdp", fewest: int = 64) -> tuple[int, ...]:
+def torus_stages(mesh: Mesh, axis: str = "fsdp") -> tuple[int, ...]:
     """How many devices of a mesh axis lie along each axis of the torus, the slowest first: `(16, 16)` of 256.
 
-    Empty for fewer than `fewest` devices, and where devices have no coordinates or do not lie on a box.
+    Empty for one device, and where devices have no coordinates or do not lie on a box.
     """
     at = mesh.axis_names.index(axis)
     line = np.moveaxis(mesh.devices, at, 0).reshape(mesh.devices.shape[at], -1)[:, 0]
-    if len(line) < fewest or not all(hasattr(d, "coords") for d in line):
+    if len(line) < 2 or not all(hasattr(d, "coords") for d in line):
         return ()
     coords = np.array([d.coords for d in line])
     stages: list[int] = []

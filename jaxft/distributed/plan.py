@@ -311,7 +311,7 @@ def read_plan(
         costs = hlo.costs(
             hlo.parse(compiled.step.as_text()),
             taken=trained_share(combine(tuned)),
-            kernels=attention_kernels(model.config, seq_len),
+            kernels=kernel_flops(model.config, seq_len),
         )
         flops = costs.flops * topology.num_chips
         moved = costs.bytes_by_kind()
@@ -381,7 +381,8 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     P_t entries that train: 2TP forward, 2TP gradients of activations, 2TP_t gradients of weights. Causal attention
     costs `4 heads head_dim` a visible pair forward, 2.5 times that backward (the scores are recomputed, as flash
     attention does). `remat="block"` and `"offload"` repeat the forward pass of the layers but for the last projection,
-    whose result no gradient needs; the other policies but `none` repeat attention only.
+    whose result no gradient needs (that of a mixture's experts is needed for the gradient of their gates); the other
+    policies but `none` repeat attention only.
     """
     params, tokens = combine(tuned), rows * seq_len
     in_layers = last = outside = 0.0
@@ -393,7 +394,7 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
             in_layers += entries
             # What a low-rank factor reads is needed for its gradient even where the sum is not.
             skipped = entries - _entries(path, w.a) if isinstance(w, LowRank) else entries
-            last += skipped if ".down." in path else 0
+            last += skipped if ".down." in path and ".experts." not in path else 0
         else:
             outside += entries
     trained = sum(
@@ -455,6 +456,28 @@ def _trained_matrices(tuned: Any) -> dict[str, Any]:
         if owner is not None and _entries(owner, whole[owner]):
             found[path] = a
     return found
+
+
+def kernel_flops(config: Any, seq_len: int) -> hlo.Kernels:
+    """FLOPs of the kernels whose inside a compiled program does not show: splash attention, products of experts."""
+    attention = attention_kernels(config, seq_len)
+    return lambda op, operands: attention(op, operands) + grouped_kernels(op, operands)
+
+
+def grouped_kernels(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]]) -> float:
+    """FLOPs of products of sorted rows with a matrix a group: each row is multiplied with one of them.
+
+    `ragged-dot` (XLA's own): `[rows, d_in] x [groups, d_in, d_out]`; `tgmm` (Pallas), the gradient of the matrices,
+    `[groups, d_in, d_out]` of `d_in x rows` and `rows x d_out`.
+    """
+    found = re.match(r"(ragged-dot|tgmm)(?!-metadata)", op.name)
+    if not found:
+        return 0.0
+    result = op.shapes[0][1]
+    left = next(dims for dtype, dims in operands if len(dims) == 2 and not dtype.startswith(("s", "u")))
+    if found[1] == "tgmm":
+        return 2 * math.prod(left) * result[2]
+    return 2 * math.prod(result) * left[1]
 
 
 def attention_kernels(config: Any, seq_len: int) -> hlo.Kernels:

@@ -35,6 +35,7 @@ from jaxft.weights.packed import Packed, pack, repack
 from jaxft.weights.ragged import (
     by_materializing_ragged,
     group_of_row,
+    ragged_input_gradient,
     ragged_linear,
     ragged_linear_rule,
     ragged_matmul,
@@ -109,6 +110,7 @@ __all__ = [
     "pad_spec",
     "prompt_embeddings",
     "prompt_rule",
+    "ragged_input_gradient",
     "ragged_linear",
     "ragged_linear_rule",
     "ragged_matmul",

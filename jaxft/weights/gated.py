@@ -21,7 +21,14 @@ from jaxft.weights.core import (
     specs_rule,
     static,
 )
-from jaxft.weights.ragged import Axes, by_materializing_ragged, ragged_linear_rule, ragged_matmul, ragged_outer
+from jaxft.weights.ragged import (
+    Axes,
+    by_materializing_ragged,
+    ragged_input_gradient,
+    ragged_linear_rule,
+    ragged_matmul,
+    ragged_outer,
+)
 from jaxft.weights.reduction import Stages, gathered, stages_for, weight_gradient
 
 
@@ -115,7 +122,7 @@ def _gated_ragged_backward(axes: Axes, residuals: tuple, g: Array) -> tuple[Arra
     x, w, sizes, is_trainable, propagates = residuals
 
     def input_gradient() -> Array:
-        return ragged_matmul(g, w.swapaxes(1, 2), sizes, axes)
+        return ragged_input_gradient(g, w, sizes, axes)
 
     dx = input_gradient() if propagates is None else lax.cond(propagates, input_gradient, lambda: jnp.zeros_like(x))
     dw = lax.cond(is_trainable, lambda: ragged_outer(x, g, sizes, axes), lambda: jnp.zeros_like(w))

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.weights.core import Node, Weight, materialize_rule
+from jaxft.weights.reduction import gathered, scattered, stages_of
 
 Axes = tuple[str, ...]
 
@@ -59,7 +60,7 @@ def ragged_matmul(
     x: Float[Array, "shards rows i"], w: Float[Array, "groups i o"], sizes: Int[Array, "shards groups"], axes: Axes
 ) -> Float[Array, "shards rows o"]:
     """`ragged_linear` of an array of the dtype of `x`."""
-    return _each_shard(lambda w, x, sizes: lax.ragged_dot(x, w, sizes), axes, w, x, sizes)
+    return _product(x, gathered(w, stages_of(w.shape[1])), sizes, axes)
 
 
 def _forward(x: Array, w: Array, sizes: Array, axes: Axes) -> tuple[Array, tuple[Array, ...]]:
@@ -68,10 +69,21 @@ def _forward(x: Array, w: Array, sizes: Array, axes: Axes) -> tuple[Array, tuple
 
 def _backward(axes: Axes, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     x, w, sizes = residuals
-    return ragged_matmul(g, w.swapaxes(1, 2), sizes, axes), ragged_outer(x, g, sizes, axes), None
+    return ragged_input_gradient(g, w, sizes, axes), ragged_outer(x, g, sizes, axes), None
 
 
 ragged_matmul.defvjp(_forward, _backward)
+
+
+def ragged_input_gradient(
+    g: Float[Array, "shards rows o"], w: Float[Array, "groups i o"], sizes: Int[Array, "shards groups"], axes: Axes
+) -> Float[Array, "shards rows i"]:
+    """The gradient of the rows: row r of group e of `g` times `w[e]` transposed."""
+    return _product(g, gathered(w, stages_of(w.shape[1])).swapaxes(1, 2), sizes, axes)
+
+
+def _product(x: Array, w: Array, sizes: Array, axes: Axes) -> Array:
+    return _each_shard(lambda w, x, sizes: lax.ragged_dot(x, w, sizes), axes, w, x, sizes)
 
 
 def ragged_outer(
@@ -80,7 +92,8 @@ def ragged_outer(
     """The gradient of a weight: for each group the sum of `x[r] g[r]^T` over its rows, in all shards together.
 
     Rows beyond the sum of `sizes` count nowhere. On a mesh every device computes the part of its shard, for its share
-    of the columns along the axes that do not divide the shards, and the parts are summed where they will lie.
+    of the columns along the axes that do not divide the shards, and the parts are summed where they will lie: groups
+    divided over `expert`, inputs over `fsdp`.
     """
     mesh, arrays = jax.sharding.get_abstract_mesh(), (x, g, sizes)
     if mesh.empty:
@@ -89,7 +102,10 @@ def ragged_outer(
     free = tuple(axis for axis, kind in kinds if kind != AxisType.Manual)
     rest = tuple(axis for axis in free if axis not in axes and mesh.shape[axis] > 1)
     rest = rest if g.shape[-1] % math.prod(mesh.shape[axis] for axis in rest) == 0 else ()
-    scattered = bool(axes) and sizes.shape[1] % math.prod(mesh.shape[axis] for axis in axes) == 0
+    over_inputs = "fsdp" in axes and x.shape[-1] % mesh.shape["fsdp"] == 0
+    over_groups = "expert" in axes and sizes.shape[1] % mesh.shape["expert"] == 0
+    stages = stages_of(x.shape[-1])
+    whole = tuple(a for a in axes if not (a == "fsdp" and over_inputs) and not (a == "expert" and over_groups))
 
     def local(*arrays: Array) -> Array:
         parts = (
@@ -97,15 +113,15 @@ def ragged_outer(
             for shard in range(arrays[0].shape[0])
         )
         total = functools.reduce(jnp.add, parts)
-        if scattered:
-            return lax.psum_scatter(total, axes, scatter_dimension=0, tiled=True)
-        return lax.psum(total, axes) if axes else total
+        total = scattered(total, stages) if over_inputs else total
+        total = lax.psum_scatter(total, "expert", scatter_dimension=0, tiled=True) if over_groups else total
+        return lax.psum(total, whole) if whole else total
 
     rows = PartitionSpec(axes or None)
     return jax.shard_map(
         local,
         in_specs=(rows, PartitionSpec(axes or None, None, rest or None), rows),
-        out_specs=PartitionSpec(axes if scattered else None, None, rest or None),
+        out_specs=PartitionSpec("expert" if over_groups else None, "fsdp" if over_inputs else None, rest or None),
         axis_names=set(free),
         check_vma=False,  # the kernel does not say along which axes its result varies
     )(*arrays)

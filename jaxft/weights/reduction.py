@@ -5,7 +5,7 @@ of `x.T @ g` it wants its rows. On groups that span several axes of a torus XLA'
 sum an all-reduce of the whole matrix, of which each chip throws most away; on three axes (v4, v5p) the gather becomes
 an all-reduce of pieces padded with zeros. Either sends twice the bytes. Along one axis of the torus after the other,
 both stay what they are. Up to 32 chips XLA gathers and sums while it multiplies (collective matrix products), which is
-better still and left to it.
+better still and left to it; not so for the matrices of experts, which kernels multiply (`jaxft.weights.ragged`).
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 BATCH_AXES = ("data", "expert", "fsdp")  # the mesh axes over which the rows of a batch are divided
+FEWEST = 64  # chips from which on products of rows with one matrix go in stages
 Stages = tuple[int, ...]
 _STAGES: ContextVar[Stages] = ContextVar("stages", default=())
 
@@ -30,7 +31,7 @@ _STAGES: ContextVar[Stages] = ContextVar("stages", default=())
 @contextlib.contextmanager
 def scattered_in(stages: Stages) -> Iterator[None]:
     """What is differentiated inside sums gradients of weights in `stages`: how many chips of the axis `fsdp` of the
-    ambient mesh lie along each axis of the torus, the slowest first. With fewer than two XLA decides."""
+    ambient mesh lie along each axis of the torus, the slowest first. With fewer than two axes XLA decides."""
     token = _STAGES.set(stages if len(stages) > 1 else ())
     try:
         yield
@@ -38,33 +39,49 @@ def scattered_in(stages: Stages) -> Iterator[None]:
         _STAGES.reset(token)
 
 
+def stages_of(d_in: int) -> Stages:
+    """The stages for weights `[..., d_in, d_out]`; none where their rows do not divide over the ambient mesh, or where
+    `tensor` divides them, too."""
+    stages, mesh = _STAGES.get(), jax.sharding.get_abstract_mesh()
+    if not stages or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return ()
+    size = mesh.shape
+    return stages if size["tensor"] == 1 and size["fsdp"] == math.prod(stages) and d_in % size["fsdp"] == 0 else ()
+
+
 def stages_for(x: Float[Array, "... d_in"]) -> Stages:
     """The stages for the gradient of a weight that `x` is multiplied with; none where XLA decides.
 
-    XLA decides unless the matrix and `x [batch, seq, d_in]` divide over the ambient mesh, and where `tensor` divides
-    the matrix, too.
+    XLA decides on few chips, and unless `x` is `[batch, seq, d_in]` and divides over the ambient mesh.
     """
-    stages, mesh = _STAGES.get(), jax.sharding.get_abstract_mesh()
-    if not stages or x.ndim != 3 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    stages, size = stages_of(x.shape[-1]), jax.sharding.get_abstract_mesh().shape
+    if math.prod(stages) < FEWEST or x.ndim != 3:
         return ()
-    size = mesh.shape
     rows = math.prod(size[axis] for axis in BATCH_AXES)
-    divides = x.shape[0] % rows == 0 and x.shape[1] % size["sequence"] == 0 and x.shape[2] % size["fsdp"] == 0
-    return stages if divides and size["tensor"] == 1 and size["fsdp"] == math.prod(stages) else ()
+    return stages if x.shape[0] % rows == 0 and x.shape[1] % size["sequence"] == 0 else ()
 
 
-def gathered(w: Float[Array, "d_in d_out"], stages: Stages) -> Float[Array, "d_in d_out"]:
+def gathered(w: Float[Array, "*groups d_in d_out"], stages: Stages) -> Float[Array, "*groups d_in d_out"]:
     """All rows of `w`, which are divided over `fsdp`: in `stages` where there are three of them."""
     if len(stages) < 3:
         return w
+    rows = w.ndim - 2
 
     def local(part: Array) -> Array:
         for groups in reversed(list(_groups(stages))):
-            part = lax.all_gather(part, "fsdp", axis_index_groups=groups, tiled=True)
+            part = lax.all_gather(part, "fsdp", axis_index_groups=groups, axis=rows, tiled=True)
         return part
 
-    rows = PartitionSpec("fsdp")
-    return jax.shard_map(local, in_specs=rows, out_specs=PartitionSpec(), check_vma=False)(w)
+    spec = PartitionSpec(*[None] * rows, "fsdp")
+    return jax.shard_map(local, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)(w)
+
+
+def scattered(part: Float[Array, "*groups d_in d_out"], stages: Stages) -> Float[Array, "*groups rows d_out"]:
+    """The rows of a chip of the sum over `fsdp` of what each chip has, where `fsdp` is a manual axis."""
+    rows = part.ndim - 2
+    for groups in _groups(stages) if stages else (None,):
+        part = lax.psum_scatter(part, "fsdp", scatter_dimension=rows, axis_index_groups=groups, tiled=True)
+    return part
 
 
 def weight_gradient(
@@ -76,9 +93,7 @@ def weight_gradient(
     others = tuple(a for a in ("data", "expert", "sequence") if jax.sharding.get_abstract_mesh().shape[a] > 1)
 
     def local(x: Array, g: Array) -> Array:
-        part = weight_gradient(x, g)
-        for groups in _groups(stages):
-            part = lax.psum_scatter(part, "fsdp", scatter_dimension=0, axis_index_groups=groups, tiled=True)
+        part = scattered(weight_gradient(x, g), stages)
         return lax.psum(part, others) if others else part
 
     tokens = PartitionSpec(BATCH_AXES, "sequence")

@@ -21,7 +21,14 @@ from jaxft.weights.core import (
     static,
 )
 from jaxft.weights.packed import Packed
-from jaxft.weights.ragged import Axes, group_of_row, ragged_linear_rule, ragged_matmul, ragged_outer
+from jaxft.weights.ragged import (
+    Axes,
+    group_of_row,
+    ragged_input_gradient,
+    ragged_linear_rule,
+    ragged_matmul,
+    ragged_outer,
+)
 
 
 @node
@@ -102,7 +109,7 @@ def _ragged_row_forward(
 
 def _ragged_row_backward(axis: int, axes: Axes, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     kept, base, rows, index, sizes = residuals
-    dx = ragged_matmul(g, _replace(base, rows, index, axis).swapaxes(1, 2), sizes, axes)
+    dx = ragged_input_gradient(g, _replace(base, rows, index, axis), sizes, axes)
     if axis == -1:
         g = _channels(g, index, sizes)
     if axis == -3:

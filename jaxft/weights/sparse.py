@@ -19,7 +19,7 @@ from jaxft.weights.core import (
     specs_rule,
 )
 from jaxft.weights.packed import Packed
-from jaxft.weights.ragged import Axes, ragged_linear_rule, ragged_matmul, ragged_outer
+from jaxft.weights.ragged import Axes, ragged_input_gradient, ragged_linear_rule, ragged_matmul, ragged_outer
 
 
 @node
@@ -100,7 +100,7 @@ def _ragged_sparse_forward(
 
 def _ragged_sparse_backward(axes: Axes, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     x, base, values, indices, sizes = residuals
-    dx = ragged_matmul(g, _scatter_add(base, values, indices).swapaxes(1, 2), sizes, axes)
+    dx = ragged_input_gradient(g, _scatter_add(base, values, indices), sizes, axes)
     dense = ragged_outer(x, g, sizes, axes)
     gather = jax.vmap(gather_flat) if indices.ndim > 1 else gather_flat
     return dx, None, gather(dense, indices).astype(values.dtype), None, None
@@ -216,7 +216,7 @@ def _ragged_block_forward(
 def _ragged_block_backward(axes: Axes, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     x, base, blocks, index, sizes = residuals
     p, q = blocks.shape[-2:]
-    dx = ragged_matmul(g, _replace_blocks(base, blocks, index).swapaxes(1, 2), sizes, axes)
+    dx = ragged_input_gradient(g, _replace_blocks(base, blocks, index), sizes, axes)
     dense = ragged_outer(x, g, sizes, axes)
     return dx, None, gather_blocks(dense, index, p, q).astype(blocks.dtype), None, None
 

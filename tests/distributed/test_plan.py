@@ -20,6 +20,7 @@ from jaxft.distributed.automatic import Needs, choose, resolve_mesh
 from jaxft.distributed.plan import (
     attention_kernels,
     compile_step,
+    grouped_kernels,
     model_flops,
     needed_bytes,
     plan,
@@ -324,6 +325,27 @@ def test_layers_of_two_kinds_are_one_scan_with_a_kernel_of_each(directory, tmp_p
     gathered = [dims for c in found.collectives if c.kind == "all-gather" for _, dims in c.result]
     assert gathered and not any(VOCAB in dims for dims in gathered), "neither a tied table nor scores"
     assert found.least_flops == found.flops == found.most_flops
+
+
+@needs_compiler
+def test_products_of_experts_are_counted_and_their_gradients_scattered(directory, tmp_path, quick_compiler):
+    """Kernels whose inside the program does not show: each row is multiplied with the matrices of its experts."""
+    experts, chosen, width = 8, 2, 384
+    changes = {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": chosen}
+    described = json.loads((directory / "config.json").read_text()) | changes | {"intermediate_size": width}
+    (tmp_path / "config.json").write_text(json.dumps(described | {"architectures": ["MixtralForCausalLM"]}))
+    wanted = config(tmp_path, "{name: full}", "model.attention=xla", "mesh.fsdp=4", "mesh.data=1")
+    model = load_model(tmp_path)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x2")))
+    module = hlo.parse(compile_step(wanted, model, mesh).step.as_text())
+    found = hlo.costs(module, kernels=grouped_kernels)
+    one = 2 * (ROWS * SEQ * chosen / 4) * DIM * width  # of a chip
+    assert found.kernels == {"ragged-dot-none": 9 * LAYERS, "tgmm": 3 * LAYERS}
+    assert found.flops - hlo.costs(module).flops == 12 * LAYERS * one
+    scattered = [dims for c in found.collectives if c.kind == "reduce-scatter" for _, dims in c.result]
+    assert (experts, DIM // 4, width) in scattered and (experts, width // 4, DIM) in scattered
+    summed = [dims for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result]
+    assert not any(experts in dims and width in dims for dims in summed)
 
 
 @needs_compiler

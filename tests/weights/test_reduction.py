@@ -1,5 +1,6 @@
 """Weight gradients summed in stages over a mesh: the sums that XLA makes, as reduce-scatters, where they are used."""
 
+import functools
 import types
 
 import jax
@@ -10,11 +11,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.distributed.mesh import torus_stages
-from jaxft.weights import linear, split_layers
+from jaxft.weights import linear, ragged_linear, reduction, split_layers
 from jaxft.weights.core import scan_layers
-from jaxft.weights.reduction import scattered_in, stages_for
+from jaxft.weights.reduction import BATCH_AXES, scattered_in, stages_for
 
 LAYERS, DIM = 4, 16
+
+
+@pytest.fixture
+def few_are_many(monkeypatch):
+    """What is done with many chips is done with eight."""
+    monkeypatch.setattr(reduction, "FEWEST", 2)
+    return monkeypatch
 
 
 def stack():
@@ -45,7 +53,7 @@ def loss(w, x):
     ids=str,
 )
 @pytest.mark.parametrize("name", NODES)
-def test_gradients_are_those_of_one_device(name, sizes, stages):
+def test_gradients_are_those_of_one_device(name, sizes, stages, few_are_many):
     mesh, w = make_mesh(MeshConfig(**{"data": 1, **sizes})), NODES[name]()
     x = jax.random.normal(jax.random.key(1), (8, 6, DIM))
     expected = jax.grad(loss, argnums=(0, 1), allow_int=True)(w, x)
@@ -67,7 +75,46 @@ def test_gradients_are_those_of_one_device(name, sizes, stages):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_frozen_weights_have_no_gradient_to_sum():
+@pytest.mark.parametrize(
+    ("sizes", "stages"),
+    [
+        ({"fsdp": 8}, ()),
+        ({"fsdp": 8}, (2, 4)),
+        ({"fsdp": 8}, (2, 2, 2)),
+        ({"expert": 2, "fsdp": 4}, (2, 2)),
+        ({"data": 2, "fsdp": 4}, (2, 2)),
+    ],
+    ids=str,
+)
+def test_gradients_of_experts_are_those_of_one_device(sizes, stages):
+    """Summed where they will lie: never on all devices, however many groups there are."""
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    groups = 6
+    w = jax.random.normal(jax.random.key(0), (groups, DIM, 2 * DIM))
+    x = jax.random.normal(jax.random.key(1), (8, 12, DIM))
+    counts = jax.nn.one_hot(jax.random.randint(jax.random.key(2), (8, 12), 0, groups), groups, dtype=jnp.int32).sum(1)
+
+    def loss(w, x, axes=()):
+        return jnp.sum(jnp.tanh(ragged_linear(x, w, counts, axes)))
+
+    expected = jax.grad(loss, argnums=(0, 1))(w, x)
+    place = NamedSharding(mesh, PartitionSpec("expert", "fsdp"))
+
+    @functools.partial(jax.jit, out_shardings=(place, None))
+    def gradients(w, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), scattered_in(stages):
+            return jax.grad(loss, argnums=(0, 1))(w, x, axes)
+
+    placed = jax.device_put(w, place), jax.device_put(x, NamedSharding(mesh, PartitionSpec(axes)))
+    text = str(jax.make_jaxpr(gradients)(*placed))
+    assert text.count("reduce_scatter[") == max(len(stages), 1) + ("expert" in sizes)
+    assert ("psum" in text) == ("data" in sizes) and ("all_gather" in text) == (len(stages) == 3)
+    for found, one in zip(gradients(*placed), expected, strict=True):
+        np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_weights_have_no_gradient_to_sum(few_are_many):
     mesh, x = make_mesh(MeshConfig(fsdp=8)), jnp.ones((8, 6, DIM))
 
     def of_input(x):
@@ -88,11 +135,12 @@ def test_frozen_weights_have_no_gradient_to_sum():
         ({"fsdp": 8}, (48, 16), ()),
     ],
 )
-def test_what_does_not_divide_is_left_to_xla(sizes, shape, stages):
+def test_what_does_not_divide_is_left_to_xla(sizes, shape, stages, few_are_many):
     mesh, x = make_mesh(MeshConfig(**{"data": 1, **sizes})), jnp.zeros(shape)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), scattered_in((2, sizes["fsdp"] // 2)):
         assert stages_for(x) == stages
-    assert stages_for(x) == ()
+        few_are_many.undo()
+        assert stages_for(x) == (), "on so few XLA sums while it multiplies"
 
 
 def devices(order):
@@ -105,7 +153,7 @@ def test_stages_are_the_sides_of_the_torus():
     box = [(x, y, 0) for x in range(4) for y in range(16)]
     assert torus_stages(devices(box)) == (4, 16)
     assert torus_stages(devices([(x, y, z) for z in range(4) for x in range(4) for y in range(4)])) == (4, 4, 4)
-    assert torus_stages(devices(box[:32])) == (), "XLA sums while it multiplies"
+    assert torus_stages(devices(box[:1])) == ()
     assert torus_stages(devices([(x, y if x % 2 == 0 else 15 - y, 0) for x in range(4) for y in range(16)])) == ()
     assert torus_stages(devices([(2 * x, y, 0) for x in range(4) for y in range(16)])) == (), "no neighbours"
-    assert torus_stages(make_mesh(MeshConfig(fsdp=8)), fewest=1) == (), "a CPU has no coordinates"
+    assert torus_stages(make_mesh(MeshConfig(fsdp=8))) == (), "a CPU has no coordinates"
