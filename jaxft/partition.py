@@ -504,6 +504,11 @@ def broadcast_prefix(masks: Tree, params: Tree) -> dict[str, Mask]:
     return out
 
 
+def is_matrix(path: str, w: Weight) -> bool:
+    """Whether a weight is a matrix, or a stack of them, and not a vector (or a stack: `[layers, dim]`) of scales."""
+    return len(shape_of(w)) >= 2 and path.rpartition(".")[2] in ("kernel", "embedding")
+
+
 def layer_mask(layers: bool | np.ndarray, shape: tuple[int, ...]) -> Mask:
     """A selection of `select` (True or `bool[L]`) as a mask of a leaf of `shape`."""
     return layers if isinstance(layers, bool) else np.asarray(layers).reshape(-1, *(1,) * (len(shape) - 1))

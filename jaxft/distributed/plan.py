@@ -6,6 +6,7 @@ estimate of the step time.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -26,6 +27,7 @@ from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyErro
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model
 from jaxft.methods import build
+from jaxft.models.attention import fused_keys
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
 from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.state import shardings_of, tuned_of
@@ -482,12 +484,16 @@ def grouped_kernels(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ..
 
 def attention_kernels(config: Any, seq_len: int) -> hlo.Kernels:
     """FLOPs of the splash attention kernels, which compute whole blocks and skip those that nothing sees."""
+    block = next((b for b in (512, 256, 128) if seq_len % b == 0), seq_len)
 
-    def share(block: int, window: int | None) -> float:
-        count = seq_len // block
-        seen = sum((q - k) * block - (block - 1) < (window or seq_len) for q in range(count) for k in range(q + 1))
-        return seen / count**2
+    @functools.cache
+    def share(keys: int, window: int | None) -> float:
+        pairs = [(q, k) for q in range(0, seq_len, block) for k in range(0, seq_len, keys)]
+        return sum(k < q + block and q - (k + keys - 1) < (window or seq_len) for q, k in pairs) / len(pairs)
 
+    windows = _windows(config)
+    average = sum(share(block, w) for w in windows) / len(windows)
+    average_fused = sum(share(fused_keys(seq_len, block, w) or block, w) for w in windows) / len(windows)
     products = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of `[block, head_dim, block]` each
 
     def flops(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]]) -> float:
@@ -501,9 +507,8 @@ def attention_kernels(config: Any, seq_len: int) -> hlo.Kernels:
         queries = max(math.prod(dims) for dims in inputs)
         keys = max(dims[-2] for dims in inputs)
         fused = max(math.prod(dims) for dims in results) > queries  # gradients of queries by block of keys
-        block = next(b for b in (512, 256, 128) if seq_len % b == 0)
-        average = sum(share(block, w) for w in _windows(config)) / config.num_layers
-        return 2 * (5 if fused else products[found[1]]) * queries * keys * average
+        seen = 5 * average_fused if fused else products[found[1]] * average
+        return 2 * seen * queries * keys
 
     return flops
 

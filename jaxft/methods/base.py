@@ -20,12 +20,14 @@ from jaxft.partition import (
     Tuned,
     combine,
     has_marks,
+    is_matrix,
     key_name,
     map_weights,
     mark,
     select,
     shape_of,
     split,
+    weights_by_path,
 )
 from jaxft.weights import (
     BlockSplit,
@@ -177,6 +179,7 @@ def rewrite(
     roles: Roles,
     nodes: bool = True,
     layers: bool = False,
+    matrices: bool = False,
 ) -> Tree:
     """Replace every selected frozen weight `w` at path `p` by `fn(p, w)`; what already trains is left alone.
 
@@ -184,11 +187,21 @@ def rewrite(
         nodes: whether nodes (quantised bases, other methods' rewrites) are candidates too, or arrays only.
         layers: whether `fn` takes the selected layers as third argument (True or `bool[L]`). Otherwise a selector with
             a layer range is refused, because the rewrite has no way to obey it.
+        matrices: whether `fn` is for matrices only: `attn.*` then leaves the norms of queries and keys alone.
 
     Raises:
-        JaxftError: the selector matches nothing, or nothing that is still frozen.
+        JaxftError: the selector matches nothing, no matrix where one is wanted, or nothing that is still frozen.
     """
     chosen = select(params, on, roles=roles)
+    if matrices:
+        weights = weights_by_path(params)
+        found = {path: which for path, which in chosen.items() if is_matrix(path, weights[path])}
+        if not found:
+            path = min(chosen)
+            raise JaxftError(
+                f'"{on}" selects no matrix: "{path}" has shape {shape_of(weights[path])}; select kernels, e.g. @linear'
+            )
+        chosen = found
     done: list[str] = []
 
     def one(path: str, w: Weight) -> Weight:

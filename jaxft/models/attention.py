@@ -19,6 +19,7 @@ IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PROMPT_SEGMENT = -1  # the segment of virtual tokens: as keys they are visible to every segment
 _MIN_BLOCK, _MAX_BLOCK = 128, 512  # of splash attention: the lane width of a TPU, and a size that fits its VMEM
 _FUSED_BLOCKS = 8  # up to so many blocks of keys the backward pass of splash attention runs as one kernel
+_MAX_KEYS, _MAX_WINDOWED_KEYS = 2048, 1024  # in such a block; a large one sees more than a window
 
 
 def attention(
@@ -249,7 +250,7 @@ def _splash(
     block = max(size for size in (128, 256, _MAX_BLOCK) if (seq // pieces) % size == 0)
     kernel = splash_attention.make_splash_mha(
         mask=splash_attention.MultiHeadMask([mask] * heads),
-        block_sizes=_block_sizes(block, seq // block <= _FUSED_BLOCKS),
+        block_sizes=_block_sizes(block, fused_keys(seq, block, sliding_window)),
         head_shards=head_shards,
         q_seq_shards=sequence_shards,
         attn_logits_soft_cap=softcap,
@@ -322,16 +323,27 @@ def _zigzag_pairs(name: str) -> tuple[list[tuple[int, int]], ...]:
     return tuple([(i // 2, min(i, 2 * shards - 1 - i)) for i in range(start, 2 * shards, 2)] for start in (0, 1))
 
 
+def fused_keys(seq: int, block: int, sliding_window: int | None) -> int | None:
+    """How many keys a block has in the fused backward kernel of splash attention; None where two kernels run.
+
+    Fused, the backward pass computes the scores once and not twice, but writes the gradient of the queries once for
+    every block of keys before it sums them: blocks grow with the sequence, while they fit.
+    """
+    most = max(block, _MAX_KEYS if sliding_window is None else _MAX_WINDOWED_KEYS)
+    sizes = (size for size in range(block, most + 1, block) if seq % size == 0 and seq // size <= _FUSED_BLOCKS)
+    return next(sizes, None)
+
+
 @functools.cache
-def _block_sizes(block: int, fused: bool) -> splash_attention.BlockSizes:
-    """Blocks of one size. Fused, the backward pass computes the scores once and not twice, but writes the gradient of
-    the queries once for every block of keys before it sums them."""
+def _block_sizes(block: int, fused: int | None) -> splash_attention.BlockSizes:
+    """Blocks of one size, but for the keys of the fused backward kernel."""
     return splash_attention.BlockSizes(
         block_q=block,
         block_kv=block,
         block_q_dkv=block,
-        block_kv_dkv=block,
+        block_kv_dkv=fused or block,
+        block_kv_dkv_compute=block,
         block_q_dq=None if fused else block,
         block_kv_dq=None if fused else block,
-        use_fused_bwd_kernel=fused,
+        use_fused_bwd_kernel=fused is not None,
     )

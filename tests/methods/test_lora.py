@@ -66,6 +66,12 @@ def test_an_embedding_and_a_head_can_have_it():
     assert np.abs(want - logits(params())).max() > 0.01
 
 
+def test_vectors_beside_the_matrices_are_left_alone():
+    tuned = lora(rank=2, on="layers.*").init(KEY, params(), Probe())
+    names = {p for p, w in weights_by_path(combine(tuned)).items() if isinstance(w, LowRank)}
+    assert names == {f"layers.{m}.kernel" for m in oracle.PROJECTIONS}
+
+
 def test_under_a_split_of_another_method():
     method = chain(lora(rank=2, on="@attention"), hft(embeddings="freeze"))
     tuned = method.init(KEY, params(), Probe())
@@ -82,7 +88,7 @@ def test_under_a_split_of_another_method():
             {"rank": 17, "on": "attn.k.kernel"},
             r'rank=17 exceeds the smaller side of "layers.attn.k.kernel" \(32 x 16\)',
         ),
-        ({"on": "final_norm"}, '"final_norm.scale" of shape .* is not a matrix'),
+        ({"on": "final_norm"}, '"final_norm" selects no matrix: "final_norm.scale" has shape'),
         ({"on": "attm"}, "matches no weight"),
     ],
 )

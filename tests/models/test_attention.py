@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxft.errors import JaxftError
-from jaxft.models.attention import PROMPT_SEGMENT, attention, from_zigzag, to_zigzag, zigzag_positions
+from jaxft.models.attention import PROMPT_SEGMENT, attention, from_zigzag, fused_keys, to_zigzag, zigzag_positions
 
 
 def inputs(batch=2, seq=128, heads=4, kv_heads=2, dim=16, dtype=jnp.float32):
@@ -78,7 +78,8 @@ def test_xla_is_the_definition(sliding_window, softcap, scale):
         (40, None, None, 1, 128, 8),
         (None, 5.0, 0.1, 4, 128, 8),
         (200, 5.0, None, 2, 384, 8),  # everything together, in several blocks
-        (200, 5.0, None, 2, 384, 0),  # and with a backward pass in two kernels, as for long sequences
+        (200, 5.0, None, 2, 384, 2),  # with larger blocks of keys in the backward pass, as for longer sequences
+        (200, 5.0, None, 2, 384, 0),  # and with a backward pass in two kernels, as for the longest
     ],
 )
 def test_splash_equals_xla_in_values_and_gradients(
@@ -119,6 +120,15 @@ def kernel_operands(jaxpr):
         else:
             found += [shapes for inner in jaxprs_in_params(eqn.params) for shapes in kernel_operands(inner)]
     return found
+
+
+@pytest.mark.parametrize(
+    ("seq", "window", "keys"),
+    [(2048, None, 512), (4096, None, 512), (8192, None, 1024), (16384, None, 2048), (32768, None, None),
+     (5120, None, 1024), (8192, 1024, 1024), (16384, 1024, None)],
+)  # fmt: skip
+def test_blocks_of_keys_grow_with_the_sequence_while_they_fit(seq, window, keys):
+    assert fused_keys(seq, 512, window) == keys
 
 
 def test_splash_reads_each_key_and_value_head_once_for_its_group():

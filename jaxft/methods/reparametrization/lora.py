@@ -33,7 +33,8 @@ def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear", dropou
     Args:
         rank: the width of the product.
         alpha: the scale of the update is alpha / rank; twice the rank by default.
-        on: selector of the matrices; a layer range (`layers[16:].attn`) limits it to those layers.
+        on: selector of the matrices; a layer range (`layers[16:].attn`) limits it to those layers. Vectors beside them
+            (`attn.*` has norms in some models) are left alone.
         dropout: share of the inputs of A that each training step sets to zero, as in peft; none of an embedding's rows.
     """
     if not 0 <= dropout < 1:
@@ -44,7 +45,7 @@ def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear", dropou
 
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
         def add(path: str, w: Weight, layers: Any) -> LowRank:
-            *stack, d_in, d_out = matrix_shape(path, w, "lora")
+            *stack, d_in, d_out = shape_of(w)
             if rank > min(d_in, d_out):
                 raise JaxftError(f'lora: rank={rank} exceeds the smaller side of "{path}" ({d_in} x {d_out})')
             bound = 1 / math.sqrt(d_in)
@@ -54,14 +55,6 @@ def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear", dropou
             a, b = (masked_node(factor, mask, stacked=bool(stack), path=path) for factor in (a, b))
             return LowRank(w, a, b, scale, dropout)
 
-        return split(rewrite(params, on, add, roles=probe.roles, layers=True))
+        return split(rewrite(params, on, add, roles=probe.roles, layers=True, matrices=True))
 
     return Method(init)
-
-
-def matrix_shape(path: str, w: Weight, method: str) -> tuple[int, ...]:
-    """The shape of a weight that must be a matrix, `[..., d_in, d_out]`."""
-    shape = shape_of(w)
-    if len(shape) < 2 or path.rsplit(".", 1)[-1] not in ("kernel", "embedding"):
-        raise JaxftError(f'{method}: "{path}" of shape {shape} is not a matrix; select kernels, e.g. on: "@linear"')
-    return shape
