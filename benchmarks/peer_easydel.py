@@ -31,6 +31,8 @@ from flax import nnx  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 ROWS = PartitionSpec(("dp", "fsdp"))
+# Tokens of which the logits are held at once. Full tuning needs 9.35 GiB with 256 and 8.93 with 1024, LoRA 4.77 and 5.03.
+CHUNK = {"full": 1024, "lora": 256}
 PROJECTIONS = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*"
 
 
@@ -43,7 +45,7 @@ def main(method: str) -> None:
         rope_theta=float(job.LLAMA["rope_theta"]), rms_norm_eps=job.LLAMA["norm_eps"],
         max_position_embeddings=job.SEQ_LEN, tie_word_embeddings=False, use_cache=False,
         sharding_axis_dims=(1, -1, 1, 1, 1), attn_mechanism="blocksparse", attn_dtype=jnp.bfloat16,
-        gradient_checkpointing="nothing_saveable", lmhead_chunksize=256,
+        gradient_checkpointing="nothing_saveable", lmhead_chunksize=CHUNK[method],
     )  # fmt: skip
     config.set_model_mesh(mesh)
     adamw = optax.adamw(job.LEARNING_RATE, b2=job.B2, weight_decay=job.WEIGHT_DECAY)
@@ -85,7 +87,7 @@ def main(method: str) -> None:
     job.report(
         compiled,
         clock.read(),
-        "layers unrolled; nothing_saveable; fsdp 16; blocksparse (splash) attention; lmhead_chunksize 256",
+        f"layers unrolled; nothing_saveable; fsdp 16; blocksparse (splash) attention; lmhead_chunksize {CHUNK[method]}",
         ("easydel", "ejkernel", "eformer", "flax"),
         trained_parameters=sum(a.size for a in jax.tree.leaves(state.graphstate)),
     )

@@ -5,7 +5,7 @@
     python benchmarks/peers.py --again          # compile all rows again
 
 Llama-3.1-8B shapes, 16 x 2048 tokens, bfloat16, AdamW, on v5e:4x4; full tuning, and LoRA of rank 16 on all seven
-projections. Every library has an environment of its own (2 to 8 GB, Python 3.12 or 3.13), the TPU compiler included,
+projections. Every library has an environment of its own (2 to 9 GB, Python 3.12 or 3.13), the TPU compiler included,
 and no TPU is needed. Before each row jaxft's own job is compiled, so that both saw the machine in the same state. A row
 takes one to four minutes on two idle cores. Results are kept in benchmarks/results/peers.json, one row at a time.
 """
