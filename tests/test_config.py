@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
@@ -8,6 +9,9 @@ import jaxft
 from jaxft.config import RunConfig, check_files, load_config, parse_config
 from jaxft.config_docs import HEADER, document, methods_document
 from jaxft.config_source import ConfigError, override, parse_value, parse_yaml
+from jaxft.distributed import MeshConfig, make_mesh
+from jaxft.distributed.automatic import abstract_run
+from jaxft.hub import load_model
 from jaxft.methods import methods
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,6 +287,15 @@ SHIPPED = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("examples/**/*.yam
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_configuration_is_valid(path):
     assert isinstance(load_config(path), RunConfig)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_can_cut_the_model_it_names(path):
+    config = load_config(path)
+    shapes = {"Qwen/Qwen3-0.6B-Base": "preset:qwen3-0.6b"}  # those without a download
+    model = load_model(shapes.get(config.model.path, config.model.path))
+    state, frozen = abstract_run(config, model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert jax.tree.leaves(state.trainable)
 
 
 def test_every_method_has_a_configuration():
