@@ -31,7 +31,7 @@ from flax import nnx  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 ROWS = PartitionSpec(("dp", "fsdp"))
-# Tokens of which the logits are held at once. Full tuning needs 9.35 GiB with 256 and 8.93 with 1024, LoRA 4.77 and 5.03.
+# Tokens whose logits are held at once. Full tuning needs 9.35 GiB with 256 and 8.93 with 1024, LoRA 4.77 and 5.03.
 CHUNK = {"full": 1024, "lora": 256}
 PROJECTIONS = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*"
 
