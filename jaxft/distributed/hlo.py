@@ -15,6 +15,7 @@ DTYPE_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3": 1, "f4e2m1fn": 0.5, "c64": 8,
 }  # fmt: skip
+BESIDE = ("async-start", "call-start", "fusion-start")  # run a computation beside what follows, until their done
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+[a-z]*)?)\[([\d,<=]*)\]")
@@ -265,7 +266,8 @@ class Costs:
     """Costs of one run of a program on one device.
 
     flops: of matrix products and known kernels; conditionals at the share given. least_flops, most_flops: if every
-    conditional takes its cheaper, its dearer branch. kernels: calls of custom kernels by name.
+    conditional takes its cheaper, its dearer branch. kernels: calls of custom kernels by name. unread: computations
+    with collectives that are run in a way not known here; they are not in `collectives`.
     """
 
     flops: float
@@ -273,6 +275,7 @@ class Costs:
     most_flops: float
     collectives: list[Collective]
     kernels: dict[str, float]
+    unread: tuple[str, ...]
 
     def bytes_by_kind(self) -> dict[str, float]:
         """Bytes one device sends in a run, by kind of collective."""
@@ -320,7 +323,7 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
             dearest = max(branches, key=lambda n: flops(n, 1.0))
             for name in branches:
                 yield name, share if name == dearest else (1 - share) / max(len(branches) - 1, 1)
-        elif op.opcode in ("fusion", "call", "async-start"):
+        elif op.opcode in ("fusion", "call", *BESIDE):
             yield from ((n, 1) for n in op.called.get("calls", ()) + op.called.get("to_apply", ()))
 
     def branches_of(op: Instruction) -> list[str]:
@@ -329,8 +332,11 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
 
     found: list[Collective] = []
     calls: dict[str, float] = defaultdict(float)
+    read = set[str]()
 
-    def visit(name: str, times: float, conditional: bool, is_async: bool) -> None:
+    def visit(name: str, times: float, conditional: bool, beside: bool | None) -> None:
+        """`beside`: of a computation that runs beside others, whether matrix products are among them."""
+        read.add(name)
         instructions = module.computations[name]
         scope = {i.name: i for i in instructions}
         starts_chain = any('"AsyncCollectiveStart"' in i.attributes for i in instructions)
@@ -342,34 +348,35 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
                 if chained and not starts_chain:
                     continue
                 started = op.opcode.endswith("-start")
-                overlapped = chained or (started and _computes_until_done(instructions, position, scope, work))
+                overlapped = beside or chained or (started and computes_until_done(instructions, position, scope))
                 scattered = scatters and kind == "all-reduce"
                 kind = "reduce-scatter" if scattered else kind
-                hidden = chained or started or is_async
-                found.append(_collective(op, kind, scope, times, hidden, overlapped, conditional))
+                is_async = chained or started or beside is not None
+                found.append(_collective(op, kind, scope, times, is_async, overlapped, conditional))
             elif op.opcode == "custom-call" and own(op, scope):
                 calls[re.sub(r"\.\d+$", "", op.name)] += times
+            among = computes_until_done(instructions, position, scope) if op.opcode in BESIDE else beside
             for called, count in parts(op, scope, taken):
-                visit(called, times * count, conditional or op.opcode == "conditional", op.opcode == "async-start")
+                visit(called, times * count, conditional or op.opcode == "conditional", among)
 
-    def work(op: Instruction, scope: dict[str, Instruction]) -> bool:
-        return own(op, scope) + inside(op, scope, 1.0) > 0
+    def computes_until_done(instructions: list[Instruction], position: int, scope: dict[str, Instruction]) -> bool:
+        """Whether a matrix product is scheduled between the start at `position` and its done."""
+        start = instructions[position]
+        for op in instructions[position + 1 :]:
+            if start.name in op.operands and op.opcode.endswith("-done"):
+                return False
+            if own(op, scope) + inside(op, scope, 1.0) > 0:
+                return True
+        return False
 
-    visit(module.entry, 1.0, False, False)
-    return Costs(flops(module.entry, taken), flops(module.entry, 0.0), flops(module.entry, 1.0), found, dict(calls))
-
-
-def _computes_until_done(
-    instructions: list[Instruction], position: int, scope: dict[str, Instruction], work: Callable[..., bool]
-) -> bool:
-    """Whether a matrix product is scheduled between the start at `position` and its done."""
-    start = instructions[position]
-    for op in instructions[position + 1 :]:
-        if start.name in op.operands and op.opcode.endswith("-done"):
-            return False
-        if work(op, scope):
-            return True
-    return False
+    visit(module.entry, 1.0, False, None)
+    unread = tuple(
+        name
+        for name, instructions in module.computations.items()
+        if name not in read and any(i.opcode.removesuffix("-start") in COLLECTIVES for i in instructions)
+    )
+    total, least, most = (flops(module.entry, share) for share in (taken, 0.0, 1.0))
+    return Costs(total, least, most, found, dict(calls), unread)
 
 
 def _collective(

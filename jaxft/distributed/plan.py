@@ -315,6 +315,10 @@ def read_plan(
             taken=trained_share(combine(tuned)),
             kernels=kernel_flops(model.config, seq_len),
         )
+        if costs.unread:
+            notes += (
+                f"{len(costs.unread)} computations with collectives could not be read: more is sent than is said",
+            )
         flops = costs.flops * topology.num_chips
         moved = costs.bytes_by_kind()
         total = sum(moved.values())

@@ -158,10 +158,12 @@ def compiler() -> Path | None:
 @contextmanager
 def _loading(library: Path) -> Iterator[None]:
     """jax loads the TPU compiler from `library` meanwhile, and at no other time."""
-    # The compiler asks a cloud machine's metadata server what it runs on, for minutes where there is none, and
-    # refuses to be loaded by two processes of one machine. Neither concerns compilation.
+    # The compiler asks a cloud machine's metadata server what it runs on, for minutes where there is none, warns where
+    # nobody says what (whatever is said), and refuses to be loaded by two processes of one machine. None of this
+    # concerns compilation.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.devices()  # what is here starts first: once the compiler is loaded, jax would try to start a TPU with it
     before = os.environ.get("TPU_LIBRARY_PATH")

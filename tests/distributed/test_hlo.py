@@ -183,6 +183,36 @@ def test_collectives_as_the_tpu_compiler_writes_them():
     assert permute.is_async and permute.overlapped and permute.bytes_sent == 256 * 64 * 2
 
 
+OFFLOADED = """
+%offloaded (p.9: f32[1024,64]) -> f32[256,64] {
+  %p.9 = f32[1024,64]{1,0} parameter(0)
+  ROOT %sum.9 = f32[256,64]{1,0} reduce-scatter(%p.9), channel_id=10, replica_groups=[4,4]<=[16], dimensions={0}, to_apply=%add
+}, execution_thread="sparsecore"
+
+%body ("""
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_collectives_that_another_core_runs(hidden):
+    """A TPU's sparse cores run them beside what is between the start and the done."""
+    start = """  %beside = ((f32[1024,64]{1,0}), f32[256,64]{1,0}) call-start(%g.1), async_execution_thread="sparsecore", to_apply=%offloaded
+"""
+    done = "  %beside-done = f32[256,64]{1,0} call-done(%beside)\n"
+    text = tpu_text().replace("\n%body (", OFFLOADED)
+    before, after = text.split("  %a = f32[8,16]")
+    after = "  %a = f32[8,16]" + after
+    if hidden:
+        after = after.replace("  %permute-done", done + "  %permute-done", 1)
+    found = hlo.costs(hlo.parse(before + start + ("" if hidden else done) + after))
+    [beside] = [c for c in found.collectives if c.kind == "reduce-scatter" and c.is_async]
+    assert (beside.times, beside.overlapped, beside.bytes_sent) == (8, hidden, 1024 * 64 * 4 * 3 / 4)
+    assert "offloaded" not in found.unread
+
+
+def test_collectives_that_run_in_a_way_not_known_are_named():
+    assert "offloaded" in hlo.costs(hlo.parse(tpu_text().replace("\n%body (", OFFLOADED))).unread
+
+
 def test_padding_of_a_convolution_costs_nothing():
     """Four heads are four positions of a kernel that slides over padding: one product each, not seven."""
     module = tpu_module()
