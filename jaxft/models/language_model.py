@@ -26,6 +26,7 @@ from jaxft.weights import (
     unembed_rule,
     value,
 )
+from jaxft.weights.reduction import scattered_in
 
 
 def head_of(model: Any, params: Tree) -> Tree:
@@ -127,7 +128,8 @@ class LanguageModel:
             hidden = constrain(hidden, *layout, None)
         params = self.head(params)
         head = params.get("head", {})
-        scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
+        with scattered_in(()):  # over `fsdp` lie the columns of a head, not its rows
+            scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
         scores = (constrain(scores, *layout, "vocab") if divided else scores).astype(jnp.float32)
         scores = scores + value(head["bias"], jnp.float32) if "bias" in head else scores
         cap = self.config.final_logit_softcapping

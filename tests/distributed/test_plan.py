@@ -490,6 +490,8 @@ def test_weight_gradients_are_scattered_over_a_torus_of_many_chips(name, directo
     assert not whole_matrices(model) & {sides(dims) for c in sums for _, dims in c.result}
     stages = [c for c in found.collectives if c.kind == "reduce-scatter"]
     assert stages and {c.group for c in stages} == {8}, "along one axis of the torus, then the other"
+    moved = [dims for c in found.collectives if c.kind != "all-reduce" for _, dims in c.result]
+    assert not any(VOCAB in dims for dims in moved), "a head is divided by vocabulary, and stays where it is"
 
 
 def sides(dims):
