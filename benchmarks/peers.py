@@ -129,7 +129,7 @@ def kept() -> dict[str, Any]:
 
 
 def figures(found: dict[str, Any]) -> str:
-    return f"{found['hbm_gib']:.2f} GiB, {found['compile_seconds']:.0f} ({found['compile_cpu_seconds']:.0f}) s"
+    return f"{found['hbm_gib']:.2f} GiB, {_seconds(found)} s"
 
 
 HEAD = """
@@ -142,14 +142,14 @@ the figures.
 
 - **HBM**: GiB a chip, counted as above; in brackets: state that lives between steps and the batch, results not written
   in place, temporaries.
-- **compile**: tracing and compiling the step, wall seconds, and CPU seconds in brackets. jaxft's job is compiled before
-  each of the others; its row is the median. *times jaxft*: HBM, and CPU seconds of the two neighbours. jaxft and
-  MaxText scan over the layers, tunix and EasyDeL compile each of the 32.
+- **compile**: tracing and compiling the step, wall seconds, and CPU seconds in brackets. The machine was not always
+  idle: *jaxft then* is jaxft's own job, compiled right before; its own row is the median. *times jaxft*: HBM, and CPU
+  seconds of the two neighbours. jaxft and MaxText scan over the layers, tunix and EasyDeL compile each of the 32.
 - tunix's Llama module has no splash attention; its Qwen2 module, which adds biases to queries, keys and values, has.
   MaxText's `train_compile` adds no adapters to the model; they are added as its fine-tuning trainer does.
 
-| library | job | HBM | compile | times jaxft | settings |
-|---|---|---|---|---|---|
+| library | job | HBM | compile | jaxft then | times jaxft | settings |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -164,29 +164,31 @@ def section(results: dict[str, Any]) -> str:
         times = ("compile_seconds", "compile_cpu_seconds")
         middle = {key: statistics.median(run[key] for run in ours) for key in times}
         settings = f"configs/{JOBS[job]}.yaml; {ours[-1]['versions']}"
-        lines.append(_line("jaxft", job, ours[-1] | middle, "", settings))
+        lines.append(_line("jaxft", job, ours[-1] | middle, " | ", settings))
         for name in ROWS:
             if name not in rows:
                 continue
             row = rows[name]
             if "failed" in row:
-                lines.append(f"| {ROWS[name][0]} | {job} | | | | failed: {row['failed'].replace('|', ' ')} |")
+                lines.append(f"| {ROWS[name][0]} | {job} | | | | | failed: {row['failed'].replace('|', ' ')} |")
                 continue
             versions = dict(row["versions"])
             library = " ".join(next(iter(versions.items())))
             with_versions = ", ".join(f"{package} {versions[package]}" for package in ("jax", "libtpu"))
             memory = row["hbm_gib"] / row["jaxft"]["hbm_gib"]
             cpu = row["compile_cpu_seconds"] / row["jaxft"]["compile_cpu_seconds"]
-            lines.append(_line(library, job, row, f"{memory:.2f}, {cpu:.2f}", f"{row['settings']}; {with_versions}"))
+            beside = f"{_seconds(row['jaxft'])} | {memory:.2f}, {cpu:.2f}"
+            lines.append(_line(library, job, row, beside, f"{row['settings']}; {with_versions}"))
     return HEAD + "\n".join(lines) + "\n" if lines else ""
 
 
-def _line(library: str, job: str, row: dict[str, Any], times: str, settings: str) -> str:
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f})"
+
+
+def _line(library: str, job: str, row: dict[str, Any], beside: str, settings: str) -> str:
     parts = " + ".join(f"{row['memory_gib'][name]:.2f}" for name in ("arguments", "results", "temporaries"))
-    return (
-        f"| {library} | {job} | **{row['hbm_gib']:.2f}** ({parts}) | "
-        f"{row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f}) | {times} | {settings} |"
-    )
+    return f"| {library} | {job} | **{row['hbm_gib']:.2f}** ({parts}) | {_seconds(row)} | {beside} | {settings} |"
 
 
 if __name__ == "__main__":

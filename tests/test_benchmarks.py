@@ -124,7 +124,7 @@ def test_a_peer_is_counted_as_jaxft_is_and_says_why_it_fails(bench, tmp_path, mo
     ours = [found | {"hbm_gib": found["hbm_gib"] / 2} | run for run in runs]
     rows = {"tunix full": found | {"jaxft": ours[0]}, "maxtext full": failed | {"jaxft": ours[1]}}
     page = peers.section(rows)
-    assert "| jaxft | full | **0.00** (0.00 + 0.00 + 0.00) | 2 (2) |  | configs/llama3.1-8b-full.yaml; jax 0 |" in page
-    assert "| no-such-package not installed | full |" in page and "| 2 (3) | 2.00, 3.00 | as it comes;" in page
-    assert "| maxtext | full | | | | failed: ValueError: no lora here |" in page
+    assert "| jaxft | full | **0.00** (0.00 + 0.00 + 0.00) | 2 (2) |  |  | configs/llama3.1-8b-full.yaml;" in page
+    assert "| no-such-package not installed | full |" in page and "| 2 (3) | 1 (1) | 2.00, 3.00 | as it comes;" in page
+    assert "| maxtext | full | | | | | failed: ValueError: no lora here |" in page
     assert peers.section({}) == ""
