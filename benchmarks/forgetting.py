@@ -272,16 +272,34 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 Row = dict[str, tuple[float, float]]
+FORGOT = ("forgot_tasks", "forgot_pretraining")
+
+
+def by_seed(results: Mapping[str, Any]) -> dict[tuple[str, float], dict[str, dict[str, float]]]:
+    """(method, learning rate) -> seed -> measure, for what is done."""
+    return {
+        (name, float(rate)): {seed: measures(run) for seed, run in runs.items()}
+        for name, by_rate in results["sequences"].items()
+        for rate, runs in sorted(by_rate.items(), key=lambda item: float(item[0]))
+    }
+
+
+def over_seeds(found: list[dict[str, float]]) -> Row:
+    return {key: interval([m[key] for m in found]) for key in found[0]}
 
 
 def summary(results: Mapping[str, Any]) -> dict[tuple[str, float], Row]:
     """(method, learning rate) -> measure -> (mean, half width), over the seeds that are done."""
-    table: dict[tuple[str, float], Row] = {}
-    for name, by_rate in results["sequences"].items():
-        for rate, runs in sorted(by_rate.items(), key=lambda item: float(item[0])):
-            found = [measures(run) for run in runs.values()]
-            table[name, float(rate)] = {key: interval([m[key] for m in found]) for key in found[0]}
-    return table
+    return {key: over_seeds(list(runs.values())) for key, runs in by_seed(results).items()}
+
+
+def forgotten_at(curve: list[dict[str, float]], learned: float) -> dict[str, float] | None:
+    """What was forgotten where so much was learned, linear between the points of `curve`; None beyond its ends."""
+    for below, above in itertools.pairwise(sorted(curve, key=lambda m: m["learned"])):
+        if below["learned"] <= learned <= above["learned"]:
+            share = (learned - below["learned"]) / (above["learned"] - below["learned"])
+            return {key: (1 - share) * below[key] + share * above[key] for key in FORGOT}
+    return None
 
 
 def at_equal_learning(results: Mapping[str, Any]) -> dict[tuple[str, float], tuple[float, Row]]:
@@ -291,26 +309,14 @@ def at_equal_learning(results: Mapping[str, Any]) -> dict[tuple[str, float], tup
     is interpolated linearly in what it learned. A rate at which some seed learned more or less than full tuning at all
     of its rates is left out.
     """
-    found = {
-        (name, float(rate)): {seed: measures(run) for seed, run in runs.items()}
-        for name, by_rate in results["sequences"].items()
-        for rate, runs in sorted(by_rate.items(), key=lambda item: float(item[0]))
-    }
-    forgot = ("forgot_tasks", "forgot_pretraining")
-    gains: dict[tuple[str, float], tuple[float, Row]] = {}
-    for (name, rate), by_seed in found.items():
-        if name == "full":
-            continue
-        less: list[dict[str, float]] = []
-        for seed, run in by_seed.items():
-            curve = sorted((m[seed] for (n, _), m in found.items() if n == "full"), key=lambda m: m["learned"])
-            for below, above in itertools.pairwise(curve):
-                if below["learned"] <= run["learned"] <= above["learned"]:
-                    share = (run["learned"] - below["learned"]) / (above["learned"] - below["learned"])
-                    less.append({k: (1 - share) * below[k] + share * above[k] - run[k] for k in forgot})
-        if len(less) == len(by_seed):
-            learned = statistics.mean(run["learned"] for run in by_seed.values())
-            gains[name, rate] = learned, {key: interval([row[key] for row in less]) for key in forgot}
+    found = by_seed(results)
+    full = [runs for (name, _), runs in found.items() if name == "full"]
+    gains = {}
+    for (name, rate), runs in found.items():
+        at_full = {seed: forgotten_at([curve[seed] for curve in full], run["learned"]) for seed, run in runs.items()}
+        if name != "full" and all(at_full.values()):
+            less = [{key: at_full[seed][key] - run[key] for key in FORGOT} for seed, run in runs.items()]
+            gains[name, rate] = statistics.mean(run["learned"] for run in runs.values()), over_seeds(less)
     return gains
 
 
@@ -353,7 +359,7 @@ def page(results: Mapping[str, Any]) -> str:
         "|---|--:|--:|--:|--:|",
     ]
     for (name, rate), (learned, row) in at_equal_learning(results).items():
-        tasks, pretraining = (f"{row[k][0]:+.2f} ± {row[k][1]:.2f}" for k in ("forgot_tasks", "forgot_pretraining"))
+        tasks, pretraining = (f"{row[key][0]:+.2f} ± {row[key][1]:.2f}" for key in FORGOT)
         lines.append(f"| {name} | {rate:g} | {learned:.2f} | {tasks} | {pretraining} |")
     lines += [
         "",

@@ -21,9 +21,8 @@ def bench():
     """The benchmark modules, which import one another by their bare names."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield {
-            name: importlib.import_module(name) for name in ("jobs", "torch_peer", "cpu", "gpu", "peers", "peer_job")
-        }
+        names = ("jobs", "torch_peer", "cpu", "gpu", "peers", "peer_job", "forgetting")
+        yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -98,6 +97,29 @@ def test_flops_of_a_job_come_from_shapes_alone(bench):
 def test_ratios_are_medians_over_neighbouring_steps(bench):
     ours, theirs = {"wall": [1.0, 2.0, 30.0]}, {"wall": [2.0, 4.0, 3.0]}
     assert bench["cpu"].ratio(ours, theirs, "wall") == 0.5
+
+
+def sequence_of(learned: float, forgot: float) -> dict:
+    """Each of two tasks falls by `learned` when it is learned; then the first, and pretraining, rise by `forgot`."""
+    start = {"a": 9.0, "b": 9.0, "python-docs": 1.0}
+    middle = start | {"a": 9.0 - learned}
+    end = {"a": 9.0 - learned + forgot, "b": 9.0 - learned, "python-docs": 1.0 + forgot}
+    return {"tasks": ["a", "b"], "losses": [start, middle, end]}
+
+
+def test_forgetting_is_compared_where_full_tuning_learned_as_much(bench):
+    full = {"1e-4": (2.0, 1.0), "1e-3": (4.0, 3.0), "1e-2": (5.0, 9.0)}
+    sequences = {
+        "full": {rate: {seed: sequence_of(*at) for seed in "01"} for rate, at in full.items()},
+        "hft": {
+            "1e-3": {"0": sequence_of(3.0, 1.5), "1": sequence_of(4.0, 2.5)},  # full forgets 2 and 3 there
+            "1e-2": {"0": sequence_of(3.0, 1.5), "1": sequence_of(6.0, 2.5)},  # more than full learns at any rate
+        },
+    }
+    found = bench["forgetting"].at_equal_learning({"sequences": sequences})
+    assert set(found) == {("hft", 1e-3)}
+    learned, row = found["hft", 1e-3]
+    assert learned == 3.5 and row == {"forgot_tasks": (0.5, 0.0), "forgot_pretraining": (0.5, 0.0)}
 
 
 def test_a_peer_is_counted_as_jaxft_is_and_says_why_it_fails(bench, tmp_path, monkeypatch, capfd):

@@ -27,7 +27,7 @@ from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyErro
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model
 from jaxft.methods import build
-from jaxft.models.attention import fused_keys
+from jaxft.models.attention import block_of, fused_keys
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
 from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.state import shardings_of, tuned_of
@@ -488,7 +488,7 @@ def grouped_kernels(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ..
 
 def attention_kernels(config: Any, seq_len: int) -> hlo.Kernels:
     """FLOPs of the splash attention kernels, which compute whole blocks and skip those that nothing sees."""
-    block = next((b for b in (512, 256, 128) if seq_len % b == 0), seq_len)
+    block = block_of(seq_len)
 
     @functools.cache
     def share(keys: int, window: int | None) -> float:

@@ -247,7 +247,7 @@ def _splash(
     if sequence_shards > 1 and sliding_window is None and seq % (2 * _MIN_BLOCK * sequence_shards) == 0:
         pieces = 2 * sequence_shards
         mask.q_sequence = zigzag_positions(seq, sequence_shards)
-    block = max(size for size in (128, 256, _MAX_BLOCK) if (seq // pieces) % size == 0)
+    block = block_of(seq // pieces)
     kernel = splash_attention.make_splash_mha(
         mask=splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=_block_sizes(block, fused_keys(seq, block, sliding_window)),
@@ -321,6 +321,11 @@ def _zigzag_pairs(name: str) -> tuple[list[tuple[int, int]], ...]:
     """`(origin, destination)` of pieces 0, 2, 4, ... and of pieces 1, 3, 5, ..., of which each device holds one."""
     shards = jax.lax.axis_size(name)
     return tuple([(i // 2, min(i, 2 * shards - 1 - i)) for i in range(start, 2 * shards, 2)] for start in (0, 1))
+
+
+def block_of(positions: int) -> int:
+    """The size of the blocks in which splash attention takes so many positions; all of them where none divides."""
+    return max((size for size in (_MIN_BLOCK, 256, _MAX_BLOCK) if positions % size == 0), default=positions)
 
 
 def fused_keys(seq: int, block: int, sliding_window: int | None) -> int | None:
