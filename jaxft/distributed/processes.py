@@ -255,11 +255,17 @@ def together() -> Iterator[None]:
         raise
 
 
+# What the runtime says of a collective that another process left; jaxlib raises some of them as ValueError.
+_ECHOES = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
+
+
 def _is_echo(error: BaseException | None) -> bool:
     """Whether what was raised may come from a collective or barrier at which another process was missing."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             return "RESOURCE_EXHAUSTED" not in str(error)
+        if isinstance(error, ValueError) and _ECHOES.match(str(error)):
+            return True
         error = error.__cause__
     return False
 

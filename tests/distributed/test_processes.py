@@ -15,7 +15,7 @@ import yaml
 
 from jaxft.distributed import ProcessError, initialize
 from jaxft.distributed.link import FAILED, PROCESS_LOST
-from jaxft.distributed.processes import Place, find_place
+from jaxft.distributed.processes import Place, _is_echo, find_place
 from jaxft.hub import save_pretrained
 from jaxft.models import DecoderConfig, LanguageModel
 from jaxft.training import read_metrics
@@ -109,6 +109,15 @@ def test_told_to_stop_or_killed_it_resumes_with_another_number_of_processes(dire
     assert len(found) == STEPS
     np.testing.assert_allclose(found, losses(outputs[1] / "hft"), rtol=1e-5)
     np.testing.assert_array_equal(found[: int(step)], losses(outputs[2] / "hft")[: int(step)])  # two processes, bitwise
+
+
+def test_what_a_lost_process_makes_others_raise_is_known():
+    lost = "Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+    assert _is_echo(ValueError(f"UNKNOWN: {lost}"))
+    assert _is_echo(jax.errors.JaxRuntimeError(f"FAILED_PRECONDITION: {lost}"))
+    for own in (ValueError(lost), ValueError("INVALID_ARGUMENT: shapes"), OSError("UNKNOWN: host"),
+                jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")):  # fmt: skip
+        assert not _is_echo(own)
 
 
 def test_processes_that_differ_do_not_start(directory, tmp_path):
