@@ -29,6 +29,7 @@ from jaxft.hub import load_model
 from jaxft.methods import build
 from jaxft.models.attention import block_of, fused_keys
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
+from jaxft.training.compilation import compiler_options
 from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.state import shardings_of, tuned_of
 from jaxft.training.step import make_train_step
@@ -232,6 +233,7 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
         clip_norm=training.clip_norm,
         schedule=schedule,
         shardings=shardings_of(state),
+        options=training.compiler_options,
     )
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -297,6 +299,8 @@ def read_plan(
         "temporaries": 0,
     }
     held = sum(memory.values())
+    if told := compiler_options(mesh, config.training.compiler_options):
+        notes += ("compiler options: " + ", ".join(f"{name}={value}" for name, value in told.items()),)
     useful = model_flops(model.config, tuned, rows, seq_len, "none")
     least = model_flops(model.config, tuned, rows, seq_len, config.model.remat)
     flops, moved, overlapped, roofline = None, {}, 0.0, None

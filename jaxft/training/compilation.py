@@ -1,9 +1,64 @@
-"""XLA compilation: the persistent cache, and a count of what was compiled."""
+"""XLA compilation: what its compiler is told, the persistent cache, and a count of what was compiled."""
 
+import functools
+import logging
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxft.errors import JaxftError
+
+logger = logging.getLogger(__name__)
+Option = bool | int | float | str
+
+# Weights are gathered beside matrix products. On v5e that is so unasked; on chips of these kinds (v5p, v6e) libtpu
+# 0.0.42 does it for some shapes only (docs/planning.md). MaxText's settings for both have the same three
+# (benchmarks/xla_flags_library.py, CF_FOR_ALL_GATHER).
+_GATHERS_BESIDE_PRODUCTS: dict[str, Option] = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_enable_async_all_gather": True,
+}
+OPTIONS: Mapping[str, Mapping[str, Option]] = {  # by `jax.Device.device_kind`
+    "TPU v5": _GATHERS_BESIDE_PRODUCTS,
+    "TPU v6 lite": _GATHERS_BESIDE_PRODUCTS,
+}
+
+
+def compiler_options(mesh: Mesh, own: Mapping[str, Option] = {}) -> dict[str, Option]:  # noqa: B006
+    """What XLA is told when it compiles a train step for the devices of `mesh`: `OPTIONS`, and `own` before them.
+
+    An option of `OPTIONS` that `LIBTPU_INIT_ARGS` sets is left to it. Names change between versions of the compiler:
+    where it does not know one of ours, all are left out, with a warning.
+
+    Raises:
+        JaxftError: the compiler refuses one of `own`; says which, and why.
+    """
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    usual = OPTIONS.get(mesh.devices.flat[0].device_kind, {}) if mesh.size > 1 else {}
+    usual = {k: v for k, v in usual.items() if k not in own and not re.search(rf"--{k}(=|\s|$)", flags)}
+    if usual and (reason := _refusal(mesh, tuple(usual.items()))):
+        logger.warning("the compiler does not take the options that jaxft sets (%s): compiled without them", reason)
+        usual = {}
+    for name, value in own.items():
+        if reason := _refusal(mesh, ((name, value),)):
+            raise JaxftError(f"training.compiler_options.{name} = {value!r}: {reason}")
+    return {**usual, **own}
+
+
+@functools.cache
+def _refusal(mesh: Mesh, options: tuple[tuple[str, Option], ...]) -> str:
+    """Why the compiler does not take these options, found out on an empty program; "" if it does."""
+    place = NamedSharding(mesh, PartitionSpec())
+    try:
+        jax.jit(lambda: 0, out_shardings=place, compiler_options=dict(options)).lower().compile()
+    except (jax.errors.JaxRuntimeError, ValueError, TypeError) as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def enable_compilation_cache() -> str | None:

@@ -129,6 +129,11 @@ class TrainingConfig(BaseModel):
         "`model.remat: none`, which keeps them). Less memory of the device for transfers in every step; on a CPU it is "
         "the same memory, and nothing is gained.",
     )
+    compiler_options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="Options of XLA for the train step, by their names without dashes, beside those that jaxft sets "
+        "for the device (docs/planning.md).",
+    )
     profile: ProfileConfig | None = Field(None, description="Trace some steps with the JAX profiler; null: none.")
 
     @model_validator(mode="after")
@@ -369,6 +374,7 @@ def make_step(job: Job, method: Method, state: TrainState) -> TrainStep:
         clip_norm=job.config.training.clip_norm,
         schedule=job.schedule,
         shardings=shardings_of(state),
+        options=job.config.training.compiler_options,
     )
 
 

@@ -1,6 +1,6 @@
 """The train step: one jitted function for every method, loss and model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -12,6 +12,7 @@ from jaxft.distributed.mesh import torus_stages
 from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, wrap_optimizer
 from jaxft.partition import Tuned, combine
+from jaxft.training.compilation import Option, compiler_options
 from jaxft.training.loss import Batch, Loss
 from jaxft.training.offload import in_turns
 from jaxft.training.state import TrainState, tuned_of
@@ -99,6 +100,7 @@ def make_train_step(
     clip_norm: float | None = None,
     schedule: Schedule | None = None,
     shardings: TrainState | None = None,
+    options: Mapping[str, Option] = {},  # noqa: B006
 ) -> TrainStep:
     """The jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
@@ -114,6 +116,7 @@ def make_train_step(
         clip_norm: the largest global norm of the gradient of the trainable leaves; None does not clip.
         schedule: the learning rate by optimizer update, for the metrics only.
         shardings: `shardings_of(state)`; with it the next state stays where the first one was.
+        options: of the compiler, beside those of `compilation.OPTIONS`.
 
     Metrics are scalar arrays that stay on the devices: `loss` (the token mean), `penalty` (if the method has one),
     `grad_norm` (before clipping), `learning_rate` (if `schedule`), `weight`, `skipped` (0 or 1), and every sum in
@@ -174,8 +177,9 @@ def make_train_step(
         return state, metrics
 
     if shardings is None:
-        return jax.jit(train_step, donate_argnums=0)
+        return jax.jit(train_step, donate_argnums=0, compiler_options=dict(options) or None)
     mesh, stages = shardings.step.mesh.abstract_mesh, torus_stages(shardings.step.mesh)
+    told = compiler_options(shardings.step.mesh, options) or None
 
     def placed_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         # Models state the layout of activations on the ambient mesh.
@@ -186,4 +190,4 @@ def make_train_step(
             everywhere["gradients"] = shardings.trainable
         return state, jax.lax.with_sharding_constraint(metrics, everywhere)
 
-    return jax.jit(placed_step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(placed_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=told)

@@ -35,7 +35,7 @@ from jaxft.hub import load_model
 from jaxft.methods import build
 from jaxft.methods.registry import methods
 from jaxft.partition import combine
-from jaxft.training import loss
+from jaxft.training import compilation, loss
 from jaxft.training.state import abstract_state, init_state, tuned_of
 from jaxft.weights import RowSplit
 
@@ -363,6 +363,43 @@ def test_half_of_a_tied_table_trains_and_no_piece_of_the_loss_moves_it(
     found = hlo.costs(hlo.parse(compiled.step.as_text()))
     moved = [c for c in found.collectives if any(VOCAB in dims or VOCAB // 2 in dims for _, dims in c.result)]
     assert moved and all(c.times == 1 for c in moved)
+
+
+@needs_compiler
+def test_weights_are_gathered_beside_products(directory, tmp_path, caplog, monkeypatch):
+    """For half of a matrix as for a whole one. On v5p it is told to: no `all-gather` would be so otherwise."""
+    wide = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 4}
+    described = json.loads((directory / "config.json").read_text()) | wide | {"head_dim": 128, "vocab_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    where, model = parse_topology("v5p:2x2x2"), load_model(tmp_path)
+    settings = ("model.attention=splash", "data.seq_len=1024", "data.batch_size=16")
+    wanted = config(tmp_path, "{name: hft}", *settings)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(where))
+    compiled = compile_step(wanted, model, mesh)
+    (note,) = read_plan(wanted, model, where, mesh, compiled).notes
+    assert note.startswith("compiler options: xla_tpu_enable_async_collective_fusion=True, ")
+    collectives = hlo.costs(hlo.parse(compiled.step.as_text())).collectives
+    gathers = [c for c in collectives if c.kind in ("all-gather", "collective-permute")]
+    assert any(c.overlapped for c in gathers if c.kind == "all-gather")
+    hidden = sum(c.total_bytes for c in gathers if c.overlapped)
+    assert hidden > 0.75 * sum(c.total_bytes for c in gathers)
+
+    mesh = make_mesh(MeshConfig(fsdp=4), topology.topology_devices(parse_topology("v5p:2x2x1")))
+    usual = compilation.OPTIONS["TPU v5"]
+    own = {"xla_enable_async_all_gather": False, "xla_tpu_enable_async_all_to_all": True}
+    assert compilation.compiler_options(mesh, own) == {**usual, **own}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_async_collective_fusion=false --xla_x=1")
+    assert set(usual) - set(compilation.compiler_options(mesh)) == {"xla_tpu_enable_async_collective_fusion"}
+    monkeypatch.setattr(compilation, "OPTIONS", {"TPU v5": {"xla_of_another_version": True}})
+    assert compilation.compiler_options(mesh) == {} and "No such compile option" in caplog.text
+
+
+def test_an_option_that_the_compiler_does_not_know_is_refused():
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    known = {"xla_cpu_enable_fast_math": False}
+    assert compilation.compiler_options(mesh) == {} and compilation.compiler_options(mesh, known) == known
+    with pytest.raises(JaxftError, match=r"training.compiler_options.xla_cpu_fast = True: .*No such compile option"):
+        compilation.compiler_options(mesh, {"xla_cpu_fast": True})
 
 
 @needs_compiler
