@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxft.checkpoint import Checkpointer
-from jaxft.distributed import MeshConfig, make_mesh
+from jaxft.distributed import MeshConfig, make_mesh, tree_shardings
 from jaxft.methods.base import Method, Signals, wrap_optimizer
 from jaxft.methods.merge import merge, unmerged_sites
 from jaxft.methods.probe import Loss, Probe
@@ -58,6 +58,7 @@ class Trial:
         identity: whether the method promises to change no output at the start.
         steps: length of the run. Choose it so that `update` is due twice.
         learning_rate: of Adam, without weight decay.
+        mesh: where it runs; one device by default.
     """
 
     method: Method
@@ -69,14 +70,11 @@ class Trial:
     identity: bool = True
     steps: int = 6
     learning_rate: float = 1e-2
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def _steps(self) -> dict[Any, TrainStep]:
         return {}
-
-    @functools.cached_property
-    def one_device(self) -> Mesh:
-        return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -98,14 +96,14 @@ class Trial:
             state, _ = step(state, frozen, self.batches[i % len(self.batches)])
         return materialize(combine(tuned_of(state, frozen)))
 
-    def start(self, mesh: Mesh | None = None) -> tuple[TrainState, Tree, TrainStep]:
-        """The first state, the frozen parameters and the train step, on `mesh` or one device."""
+    def start(self) -> tuple[TrainState, Tree, TrainStep]:
+        """The first state, the frozen parameters and the train step."""
         state, frozen = init_state(
             self.method,
             self.params,
             self.optimizer,
             jax.random.key(0),
-            mesh or self.one_device,
+            self.mesh or make_mesh(MeshConfig(data=1), jax.devices()[:1]),
             logical_axes=self.logical_axes,
             probe=self.probe,
         )
@@ -117,13 +115,12 @@ class Trial:
 
     def train(
         self,
-        mesh: Mesh | None = None,
         *,
         after: Callable[[int, TrainState, Tree], tuple[TrainState, Tree]] = lambda _, state, frozen: (state, frozen),
         first: int = 0,
     ) -> tuple[list[Event], TrainState, Tree, TrainStep]:
         """Steps `first + 1` to `steps`; `after(step, state, frozen)` runs behind each (and at `first`, if not 0)."""
-        state, frozen, train_step = self.start(mesh)
+        state, frozen, train_step = self.start()
         if first:
             state, frozen = after(first, state, frozen)
         events: list[Event] = []
@@ -394,7 +391,8 @@ def check_resume(trial: Trial) -> None:
 def check_sharded(trial: Trial, mesh: Mesh | None = None) -> None:
     """On a mesh (all devices by default: fsdp, tensor and data) the losses are those of one device.
 
-    With one device there is nothing to compare.
+    As in a run, the parameters are divided over the mesh before the method sees them, and it is the ambient one. With
+    one device there is nothing to compare.
     """
     if mesh is None:
         count = len(jax.devices())
@@ -402,7 +400,9 @@ def check_sharded(trial: Trial, mesh: Mesh | None = None) -> None:
         mesh = make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
     if mesh.size == 1:
         return
-    events, *_ = trial.train(mesh)
+    places = tree_shardings(trial.params, trial.logical_axes, mesh)
+    with jax.set_mesh(mesh):
+        events, *_ = dataclasses.replace(trial, params=jax.device_put(trial.params, places), mesh=mesh).train()
     for one, many in zip(trial.events, events, strict=True):
         near = abs(one.loss - many.loss) <= 1e-5 * abs(one.loss)
         assert near, f"step {one.step}: loss {one.loss} on one device, {many.loss} on {mesh.size}"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxft.errors import JaxftError, nearest
@@ -199,7 +200,10 @@ def _low_rank(w: Array, rank: int) -> Array:
     if isinstance(w, jax.core.Tracer) or not w.is_fully_addressable:
         return _reduced(w, rank)
     # A decomposition does not divide: on one device, rather than the same one on all of them at once.
-    return jax.device_put(_reduced(jax.device_put(w, min(w.devices(), key=lambda d: d.id)), rank), w.sharding)
+    device = min(w.devices(), key=lambda d: d.id)
+    with jax.set_mesh(Mesh(np.array([device]), ("device",))):  # in the place of the run's
+        found = _reduced(jax.device_put(w, device), rank)
+    return jax.device_put(found, w.sharding)
 
 
 def _reduced(w: Array, rank: int) -> Array:
