@@ -100,12 +100,13 @@ class Trial:
         """The first state, the frozen parameters and the train step."""
         state, frozen = init_state(
             self.method,
-            self.params,
+            jax.tree.map(jnp.copy, self.params),
             self.optimizer,
             jax.random.key(0),
             self.mesh or make_mesh(MeshConfig(data=1), jax.devices()[:1]),
             logical_axes=self.logical_axes,
             probe=self.probe,
+            donate=True,
         )
         places = shardings_of(state)
         key = (jax.tree.structure(places), tuple(jax.tree.leaves(places)))
@@ -135,7 +136,7 @@ class Trial:
                 events.append(Event("step", step, before, now, loss, log.programs - programs))
                 if self.method.update is not None and self.method.due is not None and self.method.due(step, self.steps):
                     before, programs = now, log.programs
-                    signals = Signals(metrics["loss"], gradients, self.probe, optimizer=self._wrapped)
+                    signals = Signals(metrics["loss"], gradients, self.probe, donate=True, optimizer=self._wrapped)
                     rng = jax.random.fold_in(state.rng, step)
                     places = shardings_of((state, frozen))
                     tuned, opt_state = self.method.update(rng, tuned_of(state, frozen), state.opt_state, signals, step)

@@ -322,7 +322,20 @@ def update_like(
         places = [place if place.device_set == widest.device_set else whole for place in places]
         args = jax.tree.unflatten(structure, jax.device_put(leaves, places))
     jitted = _jitted(fn, (structure, tuple(places)), donate, static)
-    return jitted(*args, arrays)
+    return distinct(jitted(*args, arrays))  # JAX hands on what of `arrays` comes out as it went in
+
+
+def distinct(tree: Tree) -> Tree:
+    """`tree` with copies of the arrays that occur in it before: a buffer cannot be given away (donated) twice."""
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        if id(x) in seen:
+            return jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(own, tree)
 
 
 def _nodes_in(tree: Tree) -> list[Any]:

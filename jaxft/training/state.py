@@ -21,7 +21,7 @@ from jaxft.distributed.sharding import (
     tuned_shardings,
 )
 from jaxft.errors import JaxftError, nearest
-from jaxft.methods.base import Method, wrap_optimizer
+from jaxft.methods.base import Method, distinct, wrap_optimizer
 from jaxft.methods.probe import Probe
 from jaxft.partition import Tuned, combine
 from jaxft.training.precision import Precision, cast_tuned
@@ -200,7 +200,7 @@ def init_state(
     """
     method_rng, step_rng = jax.random.split(rng)
     params = shard_tree(params, tree_shardings(params, logical_axes, mesh, rules=rules, report=report))
-    tuned = cast_tuned(method.init(method_rng, params, probe), precision)
+    tuned = distinct(cast_tuned(method.init(method_rng, params, probe), precision))
     if not jax.tree.leaves(tuned.trainable):
         raise JaxftError("the method leaves nothing to train")
     optimizer = wrap_optimizer(method, optimizer)
