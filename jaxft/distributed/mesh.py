@@ -131,7 +131,12 @@ def _slices(shape: tuple[int, ...], dcn: int, devices: list[jax.Device]) -> np.n
     inner, outer = (shape[0] // dcn, *shape[1:]), (dcn,) + (1,) * (len(shape) - 1)
     slices = {getattr(d, "slice_index", None) for d in devices}
     if len(slices) == dcn:
-        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+        found = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+        if max(inner) == math.prod(inner) and all(hasattr(d, "coords") for d in devices):
+            # One axis: in lines, not in a ring, so that it has stages (`torus_stages`).
+            rows = [sorted(row, key=lambda d: tuple(d.coords)) for row in found.reshape(dcn, -1)]
+            found = np.asarray(rows).reshape(shape)
+        return found
     if len({d.process_index for d in devices}) == dcn:
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, process_is_granule=True)
     if len(slices) > 1:

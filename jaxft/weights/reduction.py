@@ -5,7 +5,8 @@ of `x.T @ g` it wants its rows. On groups that span several axes of a torus XLA'
 sum an all-reduce of the whole matrix, of which each chip throws most away; on three axes (v4, v5p) the gather becomes
 an all-reduce of pieces padded with zeros. Either sends twice the bytes. Along one axis of the torus after the other,
 both stay what they are. Up to 32 chips XLA gathers and sums while it multiplies (collective matrix products), which is
-better still and left to it; not so for the matrices of experts, which kernels multiply (`jaxft.weights.ragged`).
+better still and left to it; not so where other chips (of another slice) have a copy, which is summed too, nor for the
+matrices of experts, which kernels multiply (`jaxft.weights.ragged`).
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 BATCH_AXES = ("data", "expert", "fsdp")  # the mesh axes over which the rows of a batch are divided
-FEWEST = 64  # chips from which on products of rows with one matrix go in stages
+FEWEST = 64  # chips from which on products of rows with one matrix go in stages, where there is one copy of it
 Stages = tuple[int, ...]
 _STAGES: ContextVar[Stages] = ContextVar("stages", default=())
 
@@ -55,7 +56,8 @@ def stages_for(x: Float[Array, "... d_in"]) -> Stages:
     XLA decides on few chips, and unless `x` is `[batch, seq, d_in]` and divides over the ambient mesh.
     """
     stages, size = stages_of(x.shape[-1]), jax.sharding.get_abstract_mesh().shape
-    if math.prod(stages) < FEWEST or x.ndim != 3:
+    is_only_copy = all(size[axis] == 1 for axis in ("data", "expert", "sequence")) if stages else True
+    if (is_only_copy and math.prod(stages) < FEWEST) or x.ndim != 3:
         return ()
     rows = math.prod(size[axis] for axis in BATCH_AXES)
     return stages if x.shape[0] % rows == 0 and x.shape[1] % size["sequence"] == 0 else ()

@@ -516,17 +516,22 @@ def test_the_step_of_every_method_compiles_for_a_tpu(name, directory, quick_comp
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["full", "hft"])
-def test_weight_gradients_are_scattered_over_a_torus_of_many_chips(name, directory, quick_compiler):
-    """XLA alone would sum each matrix on all chips, and keep a row or two of it on each."""
-    wanted = config(directory, f"{{name: {name}}}", "model.attention=xla", "data.batch_size=64")
+@pytest.mark.parametrize(
+    ("name", "where", "sides_of_torus"),
+    [("full", "v5e:8x8", {8}), ("hft", "v5e:8x8", {8}), ("full", "2*v5e:4x4", {4})],
+)
+def test_weight_gradients_are_scattered_over_a_torus(name, where, sides_of_torus, directory, quick_compiler):
+    """XLA alone would sum each matrix on all chips, of all slices, and keep a row or two of it on each."""
+    slices = parse_topology(where).slices
+    overrides = (f"mesh.data={slices}", f"mesh.dcn={slices}", "model.attention=xla", "data.batch_size=64")
+    wanted = config(directory, f"{{name: {name}}}", *overrides)
     model = load_model(directory)
-    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:8x8")))
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology(where)))
     found = hlo.costs(hlo.parse(compile_step(wanted, model, mesh).step.as_text()))
     sums = [c for c in found.collectives if c.kind == "all-reduce" and "dot_general" in c.op_name]
     assert not whole_matrices(model) & {sides(dims) for c in sums for _, dims in c.result}
     stages = [c for c in found.collectives if c.kind == "reduce-scatter"]
-    assert stages and {c.group for c in stages} == {8}, "along one axis of the torus, then the other"
+    assert stages and {c.group for c in stages} == sides_of_torus, "along one axis of the torus, then the other"
     moved = [dims for c in found.collectives if c.kind != "all-reduce" for _, dims in c.result]
     assert not any(VOCAB in dims for dims in moved), "a head is divided by vocabulary, and stays where it is"
 

@@ -1,5 +1,7 @@
 """Scores: what makes an entry worth training. Each is a pure function of weights and probe; the highest train."""
 
+import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -8,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxft.errors import JaxftError, nearest
@@ -43,11 +45,14 @@ class Candidates(NamedTuple):
     weights: dense arrays by path (`Dense`).
     params: the whole model, without marks: what passes over data run on.
     units: `[pools, n]`, the shape of the units that are chosen from, by path.
+    decide: whether shapes of what trains follow from the scores, so that draws are values also where `init` is traced
+        over abstract weights.
     """
 
     weights: Mapping[str, Array]
     params: Tree
     units: dict[str, tuple[int, int]]
+    decide: bool = True
 
 
 Score = Callable[[PRNGKeyArray, Candidates, Probe], dict[str, Array]]
@@ -59,10 +64,19 @@ def random() -> Score:
     """Uniform noise: any unit as likely as another."""
 
     def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
-        with jax.ensure_compile_time_eval():  # a draw is a value, also where `init` is traced over abstract weights
-            return {p: jax.random.uniform(path_key(rng, p), shape) for p, shape in candidates.units.items()}
+        with jax.ensure_compile_time_eval() if candidates.decide else contextlib.nullcontext():
+            return {p: _uniform(path_key(rng, p), shape) for p, shape in candidates.units.items()}
 
     return score
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "pools n"]:
+    """Uniform noise, divided over the ambient mesh: of the entries of a large model no device has room for all."""
+    noise, mesh = jax.random.uniform(key, shape), jax.sharding.get_abstract_mesh()
+    if mesh.empty or shape[1] % mesh.size:
+        return noise
+    return jax.lax.with_sharding_constraint(noise, PartitionSpec(None, mesh.axis_names))
 
 
 def balanced(fraction: float = 0.5) -> Score:

@@ -194,12 +194,14 @@ class Measure(NamedTuple):
     reduction: Reduction = "mean"
     lowest: bool = False
 
-    def units(self, rng: PRNGKeyArray, weights: dict[str, Weight], params: Tree, probe: Probe) -> dict[str, Array]:
-        """Scores `[pools, n]` of the units of weights, by path; the highest train."""
+    def units(
+        self, rng: PRNGKeyArray, weights: dict[str, Weight], params: Tree, probe: Probe, decide: bool = True
+    ) -> dict[str, Array]:
+        """Scores `[pools, n]` of the units of weights, by path; the highest train. `decide`: see `Candidates`."""
         stacked = {p: probe.roles.is_stacked(p) for p in weights}
         shapes = {p: unit_shape(self.granularity, shape_of(w), stacked[p], self.size, p) for p, w in weights.items()}
         found = {}
-        scores = self.score(rng, Candidates(Dense(weights), params, shapes), probe)
+        scores = self.score(rng, Candidates(Dense(weights), params, shapes, decide), probe)
         if scores.keys() != weights.keys():
             lacks = next(iter(scores.keys() ^ weights.keys()))
             raise JaxftError(f'a score has to score all candidates and nothing else: look at "{lacks}"')
@@ -232,7 +234,9 @@ def choose(
     """
     paths, allowed = _candidates(params, on, probe.roles, measure.granularity)
     weights = weights_by_path(params)
-    scores = measure.units(fold_in(rng, 0), {p: weights[p] for p in paths}, unmarked(params), probe)
+    # Every matrix has as many as any other of its shape, whichever they are.
+    counted = per == "matrix" and measure.granularity in WITHIN and not isinstance(budget, Cover)
+    scores = measure.units(fold_in(rng, 0), {p: weights[p] for p in paths}, unmarked(params), probe, not counted)
     matrices = {p: shape_of(weights[p])[probe.roles.is_stacked(p) :] for p in paths}
     units = {"element": "entries", "matrix": "matrices", "leaf": "leaves"}.get(measure.granularity)
     units = units or f"{measure.granularity}s"

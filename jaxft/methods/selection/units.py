@@ -186,7 +186,8 @@ def positions(mask: Bool[Array, "pools n"], k: int) -> Int[Array, "pools k"]:
     n = mask.shape[-1]
     if n >= 2**31:
         raise JaxftError(f"{n} entries in one layer do not fit a 32-bit index")
-    return jax.vmap(lambda row: jnp.nonzero(row, size=k, fill_value=n)[0])(mask).astype(jnp.int32)
+    # Row after row: a device counts a whole one.
+    return jax.lax.map(lambda row: jnp.nonzero(row, size=k, fill_value=n)[0], mask).astype(jnp.int32)
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
