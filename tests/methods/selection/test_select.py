@@ -6,8 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.errors import JaxftError
+from jaxft.hub import load_model
 from jaxft.methods import Probe, Signals, build, chain, count_trainable, lora, select
+from jaxft.methods.selection import scores
+from jaxft.methods.selection.scores import Candidates
 from jaxft.partition import combine, weights_by_path
 from jaxft.weights import RowSplit, Split, materialize
 from tests.methods.tiny import LOSS, batches, params
@@ -131,6 +135,24 @@ def test_a_budget_per_matrix_is_planned_without_values():
     shapes = jax.eval_shape(lambda p: method.init(KEY, p, Probe()), params())
     made = method.init(KEY, params(), Probe())
     same_shapes(shapes, made)
+
+
+def test_noise_is_divided_over_the_mesh_and_drawn_where_it_decides():
+    """A billion scores are neither made for a plan, where each matrix has as many as any other, nor by each device."""
+    shapes = load_model("preset:llama3.2-1b").abstract(jnp.bfloat16)
+    planned = jax.eval_shape(lambda p: build("spiel").init(KEY, p, Probe()), shapes)
+    assert sum(x.size for x in jax.tree.leaves(planned.trainable)) == 9_730_784
+    candidates = Candidates({}, {}, {"w": (3, 64)}, decide=False)
+    whole = scores.random()(KEY, candidates, Probe())["w"]
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        divided = scores.random()(KEY, candidates, Probe())["w"]
+    assert divided.sharding.shard_shape(divided.shape) == (3, 8)
+    np.testing.assert_array_equal(divided, whole)
+    values = jax.eval_shape(
+        lambda: jax.tree.map(np.asarray, scores.random()(KEY, candidates._replace(decide=True), Probe()))
+    )
+    assert values["w"].shape == (3, 64)
 
 
 def test_a_function_is_a_score():
