@@ -48,6 +48,11 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     "70b hft, 2 slices": (
         "llama3.1-70b-hft", "2*v5e:16x16", ("mesh.data=2", "mesh.dcn=2", "data.batch_size=512"), None,
     ),
+    "8b full, 2 slices": ("llama3.1-8b-full", "2*v5e:4x4", ("mesh.data=2", "mesh.dcn=2", "data.batch_size=32"), None),
+    "qwen3 0.6b full": ("llama3.1-8b-full", "v5e:2x4", ("model.path=preset:qwen3-0.6b",), None),
+    "qwen3 30b-a3b full": (
+        "llama3.1-8b-full", "v5e:8x8", ("model.path=preset:qwen3-30b-a3b", "data.batch_size=64"), None,
+    ),
     "70b hft, 16 slices": (
         "llama3.1-70b-hft", "16*v5e:16x16", ("mesh.data=16", "mesh.dcn=16", "data.batch_size=4096"), None,
     ),
@@ -100,7 +105,8 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
   (parameters, moments), *temporary* the rest. AdamW; per-layer recomputation; parameters divided over all chips (FSDP).
 - **host**: GiB of host memory for a chip (`training.offload`, `remat: offload`), not in HBM. Copies are not timed.
 - **FLOPs**: of the compiled step over the least the method needs (forward, gradients of activations, gradients of the
-  weights that train, what is recomputed), loops counted as often as they run.
+  weights that train, what is recomputed), loops counted as often as they run. Attention computes blocks of 512 x 512,
+  of which the diagonal ones are half masked; that weighs most in small models and in mixtures of experts.
 - **sent**: GiB one chip sends a step; *hidden*: the part of it that runs beside matrix products.
 - **best**: roofline, every unit at its peak: milliseconds a step and model FLOPs utilisation. A bound, no forecast.
 - **compile**: seconds on the machine of that day, and of CPU time.

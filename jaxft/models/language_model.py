@@ -128,7 +128,7 @@ class LanguageModel:
             hidden = constrain(hidden, *layout, None)
         params = self.head(params)
         head = params.get("head", {})
-        with scattered_in(()):  # over `fsdp` lie the columns of a head, not its rows
+        with scattered_in(None):  # over `fsdp` lie the columns of a head, not its rows
             scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
         scores = (constrain(scores, *layout, "vocab") if divided else scores).astype(jnp.float32)
         scores = scores + value(head["bias"], jnp.float32) if "bias" in head else scores

@@ -26,14 +26,15 @@ from jaxtyping import Array, Float
 BATCH_AXES = ("data", "expert", "fsdp")  # the mesh axes over which the rows of a batch are divided
 FEWEST = 64  # chips from which on products of rows with one matrix go in stages, where there is one copy of it
 Stages = tuple[int, ...]
-_STAGES: ContextVar[Stages] = ContextVar("stages", default=())
+_STAGES: ContextVar[Stages | None] = ContextVar("stages", default=())
 
 
 @contextlib.contextmanager
-def scattered_in(stages: Stages) -> Iterator[None]:
+def scattered_in(stages: Stages | None) -> Iterator[None]:
     """What is differentiated inside sums gradients of weights in `stages`: how many chips of the axis `fsdp` of the
-    ambient mesh lie along each axis of the torus, the slowest first. With fewer than two axes XLA decides."""
-    token = _STAGES.set(stages if len(stages) > 1 else ())
+    ambient mesh lie along each axis of the torus, the slowest first. With fewer than two axes XLA decides. None says
+    that over `fsdp` lie the columns of the weights inside, not their rows."""
+    token = _STAGES.set(stages if stages is None or len(stages) > 1 else ())
     try:
         yield
     finally:
@@ -84,6 +85,27 @@ def scattered(part: Float[Array, "*groups d_in d_out"], stages: Stages) -> Float
     for groups in _groups(stages) if stages else (None,):
         part = lax.psum_scatter(part, "fsdp", scatter_dimension=rows, axis_index_groups=groups, tiled=True)
     return part
+
+
+def division(x: Float[Array, "... d_in"]) -> Stages | None:
+    """How `divided_gradient` divides the gradient of a weight that `x` is multiplied with; None where it does not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if _STAGES.get() is None or mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    size = mesh.shape
+    divides = size.get("fsdp", 1) > 1 and size.get("tensor", 1) == 1 and x.shape[-1] % size["fsdp"] == 0
+    return stages_for(x) if divides else None
+
+
+def divided_gradient(
+    x: Float[Array, "*rows d_in"], g: Float[Array, "*rows d_out"], stages: Stages | None
+) -> Float[Array, "d_in d_out"]:
+    """`weight_gradient` for those who want some entries of it: unless `stages` (see `division`) is None its rows are
+    divided over `fsdp`, so that no chip holds, or is sent, the whole sum."""
+    if stages:
+        return weight_gradient(x, g, stages)
+    found = weight_gradient(x, g)
+    return found if stages is None else lax.with_sharding_constraint(found, PartitionSpec("fsdp"))
 
 
 def weight_gradient(

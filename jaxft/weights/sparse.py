@@ -20,6 +20,7 @@ from jaxft.weights.core import (
 )
 from jaxft.weights.packed import Packed
 from jaxft.weights.ragged import Axes, ragged_input_gradient, ragged_linear_rule, ragged_matmul, ragged_outer
+from jaxft.weights.reduction import Stages, divided_gradient, division, gathered
 
 
 @node
@@ -62,21 +63,22 @@ def _(w: SparseDelta) -> Array:
     return _scatter_add(jax.lax.stop_gradient(materialize(w.base)), materialize(w.values), w.indices)
 
 
-@jax.custom_vjp
-def _sparse_matmul(x: Array, base: Array, values: Array, indices: Array) -> Array:
-    return jnp.matmul(x, _scatter_add(base, values, indices))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _sparse_matmul(x: Array, base: Array, values: Array, indices: Array, stages: Stages | None) -> Array:
+    return jnp.matmul(x, gathered(_scatter_add(base, values, indices), stages or ()))
 
 
-def _sparse_forward(x: Array, base: Array, values: Array, indices: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _sparse_matmul(x, base, values, indices), (x, base, values, indices)
+def _sparse_forward(
+    x: Array, base: Array, values: Array, indices: Array, stages: Stages | None
+) -> tuple[Array, tuple[Array, ...]]:
+    return _sparse_matmul(x, base, values, indices, stages), (x, base, values, indices)
 
 
-def _sparse_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+def _sparse_backward(stages: Stages | None, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     # One layer's dense product is transient (it dies within the layer); only its `k` entries leave the backward pass.
     x, base, values, indices = residuals
-    dx = jnp.matmul(g, _scatter_add(base, values, indices).T)
-    dense = jnp.matmul(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
-    return dx, None, gather_flat(dense, indices).astype(values.dtype), None
+    dx = jnp.matmul(g, gathered(_scatter_add(base, values, indices), stages or ()).T)
+    return dx, None, gather_flat(divided_gradient(x, g, stages), indices).astype(values.dtype), None
 
 
 _sparse_matmul.defvjp(_sparse_forward, _sparse_backward)
@@ -84,7 +86,8 @@ _sparse_matmul.defvjp(_sparse_forward, _sparse_backward)
 
 @linear_rule.register
 def _(w: SparseDelta, x: Array) -> Array:
-    return _sparse_matmul(x, materialize(w.base).astype(x.dtype), materialize(w.values), w.indices)
+    base = materialize(w.base).astype(x.dtype)
+    return _sparse_matmul(x, base, materialize(w.values), w.indices, division(x))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -536,6 +536,16 @@ def test_weight_gradients_are_scattered_over_a_torus(name, where, sides_of_torus
     assert not any(VOCAB in dims for dims in moved), "a head is divided by vocabulary, and stays where it is"
 
 
+@needs_compiler
+def test_the_gradient_of_which_some_entries_train_stays_divided(directory, quick_compiler):
+    wanted = config(directory, "{name: spiel, budget: 0.1}", "model.attention=xla")
+    model = load_model(directory)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x2")))
+    found = hlo.costs(hlo.parse(compile_step(wanted, model, mesh).step.as_text()))
+    summed = {sides(dims) for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result}
+    assert summed and not whole_matrices(model) & summed
+
+
 def sides(dims):
     """A shape up to transposition and axes of 1."""
     return tuple(sorted(n for n in dims if n > 1))

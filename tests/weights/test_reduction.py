@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.distributed.mesh import torus_stages
-from jaxft.weights import linear, ragged_linear, reduction, split_layers
+from jaxft.weights import SparseDelta, linear, ragged_linear, reduction, split_layers
 from jaxft.weights.core import scan_layers
 from jaxft.weights.reduction import BATCH_AXES, scattered_in, stages_for
 
@@ -32,6 +32,7 @@ def stack():
 NODES = {
     "array": stack,
     "split": lambda: split_layers(stack(), jnp.array([True, False, False, True]), 2),
+    "sparse": lambda: SparseDelta(stack(), jnp.full((4, 3), 0.1), jnp.tile(jnp.array([3, 40, DIM**2]), (4, 1))),
 }
 
 
