@@ -38,8 +38,8 @@ class Gated(Node):
 
     Which gates are open is data: any number of them may open and close in a run, and nothing recompiles. The price
     beside `Split`: masters and moments exist for all layers. `propagates` says in which layers anything that trains
-    sits at or below this weight: elsewhere the gradient of its input is of no use, and is not computed either (so the
-    law of nodes holds for that gradient where `propagates` is true).
+    sits at or below this weight (None: in all of them): elsewhere the gradient of its input is of no use, and is not
+    computed either (so the law of nodes holds for that gradient where `propagates` is true).
 
     A gate a layer (`stacked=True`), or one for the whole weight. An optimizer moves what has moments though its
     gradient is zero: put `hold_closed` around it.
@@ -47,7 +47,7 @@ class Gated(Node):
 
     value: Float[Array, "..."]
     is_open: Bool[Array, "*layers"]
-    propagates: Bool[Array, "*layers"]
+    propagates: Bool[Array, "*layers"] | None = None
     stacked: bool = static(default=True)
 
 
@@ -150,7 +150,7 @@ def _(w: Gated, x: Array, sizes: Array, axes: Axes) -> Array:
 
 @specs_rule.register
 def _(w: Gated, spec: PartitionSpec) -> Gated:
-    return Gated(spec, PartitionSpec(), PartitionSpec(), w.stacked)
+    return Gated(spec, PartitionSpec(), None if w.propagates is None else PartitionSpec(), w.stacked)
 
 
 @materialize_rule.register

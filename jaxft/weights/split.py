@@ -82,7 +82,9 @@ def let_through(tree: Tree) -> Tree:
     def one(w: Any) -> Any:
         if isinstance(w, Split):
             return w.replace(propagates=None)
-        return w.replace(propagates=jnp.ones_like(w.propagates)) if isinstance(w, Gated) else w
+        if isinstance(w, Gated) and w.propagates is not None:
+            return w.replace(propagates=jnp.ones_like(w.propagates))
+        return w
 
     return jax.tree.map(one, tree, is_leaf=lambda w: isinstance(w, Split | Gated))
 

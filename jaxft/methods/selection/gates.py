@@ -17,9 +17,10 @@ def is_gated(x: Any) -> bool:
     return isinstance(x, Gated)
 
 
-def gate(w: Array, is_open: Array, propagates: Array, stacked: bool) -> Gated:
+def gate(w: Array, is_open: Array, propagates: Array | None, stacked: bool) -> Gated:
     """A weight behind gates, with its mark."""
-    return Gated(Trains(w), jnp.asarray(is_open, bool), jnp.asarray(propagates, bool), stacked)
+    passes = None if propagates is None else jnp.asarray(propagates, bool)
+    return Gated(Trains(w), jnp.asarray(is_open, bool), passes, stacked)
 
 
 def others_below(tuned: Tuned, own: Collection[str], roles: Roles) -> bool:
@@ -93,8 +94,10 @@ def _turn(tuned: Tuned, opt_state: Any, arrays: dict) -> tuple[Tuned, Any]:
         def set_gate(x: Any) -> Any:
             if not is_gated(x):
                 return x
-            passes = arrays.get("propagates", x.propagates)
-            return x.replace(is_open=now.astype(bool), propagates=jnp.broadcast_to(passes, x.propagates.shape))
+            passes = x.propagates
+            if passes is not None and "propagates" in arrays:
+                passes = jnp.broadcast_to(arrays["propagates"], passes.shape)
+            return x.replace(is_open=now.astype(bool), propagates=passes)
 
         return jax.tree.map(set_gate, w, is_leaf=is_gated) if is_node(w) else w
 

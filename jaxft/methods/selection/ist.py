@@ -84,8 +84,7 @@ def ist(
             if not is_mark(w.a):
                 raise JaxftError(f'ist: "{path}" covers some layers only, but ist chooses those: drop the range')
             own[path] = jnp.zeros((), jnp.int32)
-            everywhere = jnp.ones(total, bool)
-            return w.replace(a=gate(w.a.value, active, everywhere, True), b=gate(w.b.value, active, everywhere, True))
+            return w.replace(a=gate(w.a.value, active, None, True), b=gate(w.b.value, active, None, True))
 
         params = map_weights(close, mark(tuned))
         if not own:
