@@ -41,14 +41,22 @@ def scattered_in(stages: Stages | None) -> Iterator[None]:
         _STAGES.reset(token)
 
 
+def _divides_rows(d_in: int) -> bool:
+    """Whether the ambient mesh divides the rows of weights `[..., d_in, d_out]` over `fsdp`, and only them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return False
+    size = mesh.shape
+    return size.get("fsdp", 1) > 1 and size.get("tensor", 1) == 1 and d_in % size["fsdp"] == 0
+
+
 def stages_of(d_in: int) -> Stages:
     """The stages for weights `[..., d_in, d_out]`; none where their rows do not divide over the ambient mesh, or where
     `tensor` divides them, too."""
-    stages, mesh = _STAGES.get(), jax.sharding.get_abstract_mesh()
-    if not stages or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    stages = _STAGES.get()
+    if not stages or not _divides_rows(d_in):
         return ()
-    size = mesh.shape
-    return stages if size["tensor"] == 1 and size["fsdp"] == math.prod(stages) and d_in % size["fsdp"] == 0 else ()
+    return stages if jax.sharding.get_abstract_mesh().shape["fsdp"] == math.prod(stages) else ()
 
 
 def stages_for(x: Float[Array, "... d_in"]) -> Stages:
@@ -89,12 +97,7 @@ def scattered(part: Float[Array, "*groups d_in d_out"], stages: Stages) -> Float
 
 def division(x: Float[Array, "... d_in"]) -> Stages | None:
     """How `divided_gradient` divides the gradient of a weight that `x` is multiplied with; None where it does not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if _STAGES.get() is None or mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return None
-    size = mesh.shape
-    divides = size.get("fsdp", 1) > 1 and size.get("tensor", 1) == 1 and x.shape[-1] % size["fsdp"] == 0
-    return stages_for(x) if divides else None
+    return None if _STAGES.get() is None or not _divides_rows(x.shape[-1]) else stages_for(x)
 
 
 def divided_gradient(

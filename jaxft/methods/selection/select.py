@@ -234,9 +234,9 @@ def choose(
     """
     paths, allowed = _candidates(params, on, probe.roles, measure.granularity)
     weights = weights_by_path(params)
-    # Every matrix has as many as any other of its shape, whichever they are.
-    counted = per == "matrix" and measure.granularity in WITHIN and not isinstance(budget, Cover)
-    scores = measure.units(fold_in(rng, 0), {p: weights[p] for p in paths}, unmarked(params), probe, not counted)
+    # Within matrices each has as many as any other of its shape, whichever they are.
+    decide = per != "matrix" or measure.granularity not in WITHIN or isinstance(budget, Cover)
+    scores = measure.units(fold_in(rng, 0), {p: weights[p] for p in paths}, unmarked(params), probe, decide)
     matrices = {p: shape_of(weights[p])[probe.roles.is_stacked(p) :] for p in paths}
     units = {"element": "entries", "matrix": "matrices", "leaf": "leaves"}.get(measure.granularity)
     units = units or f"{measure.granularity}s"
