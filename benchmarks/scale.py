@@ -105,8 +105,9 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
   (parameters, moments), *temporary* the rest. AdamW; per-layer recomputation; parameters divided over all chips (FSDP).
 - **host**: GiB of host memory for a chip (`training.offload`, `remat: offload`), not in HBM. Copies are not timed.
 - **FLOPs**: of the compiled step over the least the method needs (forward, gradients of activations, gradients of the
-  weights that train, what is recomputed), loops counted as often as they run. Attention computes blocks of 512 x 512,
-  of which the diagonal ones are half masked; that weighs most in small models and in mixtures of experts.
+  weights that train, what is recomputed), loops counted as often as they run. Attention computes whole blocks, of 256
+  positions by 256 keys where heads share keys and of 512 x 512 elsewhere, of which the diagonal ones are half masked;
+  that weighs most in small models and in mixtures of experts.
 - **sent**: GiB one chip sends a step; *hidden*: the part of it that runs beside matrix products.
 - **best**: roofline, every unit at its peak: milliseconds a step and model FLOPs utilisation. A bound, no forecast.
 - **compile**: seconds on the machine of that day, and of CPU time.

@@ -27,7 +27,7 @@ from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyErro
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model
 from jaxft.methods import build
-from jaxft.models.attention import block_of, fused_keys
+from jaxft.models.attention import computed_pairs, tiling
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
 from jaxft.training.compilation import compiler_options
 from jaxft.training.optimizer import make_optimizer, make_schedule
@@ -317,7 +317,7 @@ def read_plan(
         costs = hlo.costs(
             hlo.parse(compiled.step.as_text()),
             taken=trained_share(combine(tuned)),
-            kernels=kernel_flops(model.config, seq_len),
+            kernels=kernel_flops(model.config, rows // config.training.accumulation, seq_len, mesh),
         )
         if costs.unread:
             notes += (
@@ -468,9 +468,9 @@ def _trained_matrices(tuned: Any) -> dict[str, Any]:
     return found
 
 
-def kernel_flops(config: Any, seq_len: int) -> hlo.Kernels:
+def kernel_flops(config: Any, rows: int, seq_len: int, mesh: Mesh) -> hlo.Kernels:
     """FLOPs of the kernels whose inside a compiled program does not show: splash attention, products of experts."""
-    attention = attention_kernels(config, seq_len)
+    attention = attention_kernels(config, rows, seq_len, mesh)
     return lambda op, operands: attention(op, operands) + grouped_kernels(op, operands)
 
 
@@ -490,33 +490,35 @@ def grouped_kernels(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ..
     return 2 * math.prod(result) * left[1]
 
 
-def attention_kernels(config: Any, seq_len: int) -> hlo.Kernels:
-    """FLOPs of the splash attention kernels, which compute whole blocks and skip those that nothing sees."""
-    block = block_of(seq_len)
+def attention_kernels(config: Any, rows: int, seq_len: int, mesh: Mesh) -> hlo.Kernels:
+    """FLOPs of the splash attention kernels, which compute whole blocks and skip those that nothing sees.
+
+    `rows` go through the model at once. Where layers are of two kinds each has its kernels, in the branches of a
+    conditional; every kernel counts as the mean layer, so that it does not matter how often which branch runs.
+    """
+    windows = _windows(config)
 
     @functools.cache
-    def share(keys: int, window: int | None) -> float:
-        pairs = [(q, k) for q in range(0, seq_len, block) for k in range(0, seq_len, keys)]
-        return sum(k < q + block and q - (k + keys - 1) < (window or seq_len) for q, k in pairs) / len(pairs)
+    def layer(window: int | None) -> tuple[float, float]:
+        """How many products of all queries with all keys a layer computes, forward and backward."""
+        cut = tiling(rows, seq_len, config.num_heads, config.num_kv_heads, config.head_dim, window)
 
-    windows = _windows(config)
-    average = sum(share(block, w) for w in windows) / len(windows)
-    average_fused = sum(share(fused_keys(seq_len, block, w) or block, w) for w in windows) / len(windows)
-    products = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products of `[block, head_dim, block]` each
+        def seen(keys: int) -> float:
+            return computed_pairs(seq_len, cut.granule, keys, window) / seq_len**2
+
+        return 2 * seen(cut.keys), 5 * seen(cut.fused_keys) if cut.fused_keys else 7 * seen(cut.keys)
+
+    with jax.set_mesh(mesh):
+        forward, backward = np.mean([layer(window) for window in windows], axis=0).tolist()
+    products = {"fwd": forward, "dkv": backward * 4 / 7, "dq": backward * 3 / 7}
 
     def flops(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]]) -> float:
         found = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", op.name)
         if not found:
             return 0.0
-        inputs, results = (
-            [dims for _, dims in arrays if len(dims) >= 3 and dims[-1] == config.head_dim]
-            for arrays in (operands, op.shapes)
-        )
-        queries = max(math.prod(dims) for dims in inputs)
-        keys = max(dims[-2] for dims in inputs)
-        fused = max(math.prod(dims) for dims in results) > queries  # gradients of queries by block of keys
-        seen = 5 * average_fused if fused else products[found[1]] * average
-        return 2 * seen * queries * keys
+        queries = next(dims for dtype, dims in operands if len(dims) >= 3 and not dtype.startswith(("s", "u")))
+        is_fused = found[1] == "dkv" and len(op.shapes) > 4  # it has the gradients of queries among its results
+        return 2 * (backward if is_fused else products[found[1]]) * math.prod(queries) * seq_len
 
     return flops
 

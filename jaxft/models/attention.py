@@ -1,5 +1,6 @@
 """Attention through one function, with packing: tokens see earlier tokens of their own segment only."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -17,9 +18,10 @@ from jaxft.models.sharding import mesh_axes, platform, spec_of
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PROMPT_SEGMENT = -1  # the segment of virtual tokens: as keys they are visible to every segment
-_MIN_BLOCK, _MAX_BLOCK = 128, 512  # of splash attention: the lane width of a TPU, and a size that fits its VMEM
-_FUSED_BLOCKS = 8  # up to so many blocks of keys the backward pass of splash attention runs as one kernel
-_MAX_KEYS, _MAX_WINDOWED_KEYS = 2048, 1024  # in such a block; a large one sees more than a window
+_MIN_BLOCK, _MAX_BLOCK = 128, 512  # sides of a tile of splash attention: the lane width of a TPU, and 2^18 scores
+_MAX_FUSED = 2**18  # elements of a block of keys of its fused backward kernel, for the VMEM of a v5e
+_PARTIAL = 240  # FLOPs that it does while HBM delivers two bytes: 197 TFLOP/s, of which it reaches half, by 819 GB/s
+_PARTIAL_BYTES = 2**30  # of gradients of queries by block of keys
 
 
 def attention(
@@ -215,9 +217,19 @@ def _dense_backward(scale: float, softcap: float | None, residuals: tuple, g: Ar
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
+def _shards(name: str, size: int) -> int:
+    """Over how many devices of the ambient mesh a dimension is cut."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in mesh_axes(name, size) or ())
+
+
 def _sequence_shards(seq: int) -> int:
-    axes = mesh_axes("sequence", seq)
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) if axes else 1
+    return _shards("sequence", seq)
+
+
+def _is_zigzag(seq: int, sliding_window: int | None) -> bool:
+    """Whether each device holds two pieces of a row's queries: with a window all have the same work as they are."""
+    shards = _sequence_shards(seq)
+    return shards > 1 and sliding_window is None and seq % (2 * _MIN_BLOCK * shards) == 0
 
 
 def _splash(
@@ -234,25 +246,21 @@ def _splash(
 
     Keys and values of a row are gathered whole. Of a causal row every device takes a piece from the front and the one
     as far from the end, or the last device would have almost twice the work of all on average.
+
+    The queries of all heads of a key/value head are rows of one matrix, in the order of `Tiling`.
     """
-    batch, seq, heads, _ = q.shape
-    shape = (seq, seq)
-    mask: Any = splash_attention.CausalMask(shape)
-    if sliding_window is not None:
-        mask = splash_attention.LocalMask(shape, (sliding_window - 1, 0), offset=0)
-    heads_axes = mesh_axes("heads", k.shape[2])
-    sequence_shards = _sequence_shards(seq)
-    head_shards = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in heads_axes or ())
-    pieces = sequence_shards
-    if sequence_shards > 1 and sliding_window is None and seq % (2 * _MIN_BLOCK * sequence_shards) == 0:
-        pieces = 2 * sequence_shards
-        mask.q_sequence = zigzag_positions(seq, sequence_shards)
-    block = block_of(seq // pieces)
+    batch, seq, num_heads, head_dim = q.shape
+    kv_heads, group = k.shape[2], num_heads // k.shape[2]
+    cut = tiling(batch, seq, num_heads, kv_heads, head_dim, sliding_window)
+    batch_axes, sequence_axes = mesh_axes("batch", batch), mesh_axes("sequence", seq) or ()
+    heads_axes = mesh_axes("heads", kv_heads)
+    is_zigzag = _is_zigzag(seq, sliding_window)
+    positions = zigzag_positions(seq, _sequence_shards(seq)) if is_zigzag else np.arange(seq, dtype=np.int32)
     kernel = splash_attention.make_splash_mha(
-        mask=splash_attention.MultiHeadMask([mask] * heads),
-        block_sizes=_block_sizes(block, fused_keys(seq, block, sliding_window)),
-        head_shards=head_shards,
-        q_seq_shards=sequence_shards,
+        mask=splash_attention.MultiHeadMask([_row_mask(positions, group, cut, sliding_window)] * kv_heads),
+        block_sizes=_block_sizes(cut),
+        head_shards=_shards("heads", kv_heads),
+        q_seq_shards=_sequence_shards(seq),
         attn_logits_soft_cap=softcap,
         interpret=platform() != "tpu",
     )
@@ -260,28 +268,163 @@ def _splash(
         segment_ids = jnp.ones((batch, seq), jnp.int32)
 
     def local(kernel: Any, q: Array, k: Array, v: Array, query_segments: Array, key_segments: Array) -> Array:
-        if pieces > sequence_shards:
-            q, query_segments = to_zigzag(q, 2, sequence_axes[0]), to_zigzag(query_segments, 1, sequence_axes[0])
+        if sequence_axes:  # here and not before, so that their gradients are scattered and not summed whole
+            k, v = (jax.lax.all_gather(x, sequence_axes, axis=1, tiled=True) for x in (k, v))
+        if is_zigzag:
+            q, query_segments = (to_zigzag(x, 1, sequence_axes[0]) for x in (q, query_segments))
+        granule, heads = cut.granule, cut.heads
+        q = rearrange(q, "b (n p) (c k g) d -> c b k (n g p) d", p=granule, g=group, k=heads)
+        k, v = (rearrange(x, "b s (c k) d -> c b k s d", k=heads) for x in (k, v))
+        query_segments = repeat(query_segments, "b (n p) -> b (n g p)", p=granule, g=group)
         ids = splash_attention.SegmentIds(query_segments, key_segments)
-        out = jax.vmap(kernel)(q, k, v, segment_ids=ids)
-        return from_zigzag(out, 2, sequence_axes[0]) if pieces > sequence_shards else out
 
-    batch_axes, sequence_axes = mesh_axes("batch", batch), mesh_axes("sequence", seq) or ()
-    q = (q * scale).astype(q.dtype)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # heads before positions
-    if not jax.sharding.get_abstract_mesh().empty:
-        query_spec = PartitionSpec(batch_axes, heads_axes, sequence_axes or None, None)
-        key_spec = PartitionSpec(batch_axes, heads_axes, None, None)
-        mesh = jax.sharding.get_abstract_mesh()
+        def attend(qkv: tuple[Array, Array, Array]) -> Array:
+            return jax.vmap(kernel)(*qkv, segment_ids=ids)
+
+        out = attend((q[0], k[0], v[0]))[None] if len(q) == 1 else jax.lax.map(attend, (q, k, v))
+        out = rearrange(out, "c b k (n g p) d -> b (n p) (c k g) d", p=granule, g=group)
+        return from_zigzag(out, 1, sequence_axes[0]) if is_zigzag else out
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        spec = PartitionSpec(batch_axes, sequence_axes or None, heads_axes, None)
         kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads_axes, sequence_axes or None)))
         segments_spec = spec_of((batch, seq), ("batch", "sequence"))
         local = jax.shard_map(
             local,
-            in_specs=(kernel_spec, query_spec, key_spec, key_spec, segments_spec, PartitionSpec(batch_axes, None)),
-            out_specs=query_spec,
+            in_specs=(kernel_spec, spec, spec, spec, segments_spec, PartitionSpec(batch_axes, None)),
+            out_specs=spec,
             check_vma=False,
         )
-    return jnp.swapaxes(local(kernel, q, k, v, segment_ids, segment_ids), 1, 2)
+    return local(kernel, (q * scale).astype(q.dtype), k, v, segment_ids, segment_ids)
+
+
+# --- how splash attention is cut --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How splash attention cuts the work of one device.
+
+    granule: positions that lie together. The rows of the kernel are the queries of all heads that read one key/value
+    head: `granule` positions of the first, the same of the next and so on, then the next positions. A tile of rows thus
+    spans few positions, though it has many rows.
+    rows, keys: of a block; it is skipped if no row sees a key of it.
+    fused_keys: keys of a block of the fused backward kernel; None where two kernels run.
+    heads: key/value heads that are computed at a time.
+    """
+
+    granule: int
+    rows: int
+    keys: int
+    fused_keys: int | None
+    heads: int
+
+
+def tiling(
+    batch: int, seq: int, num_heads: int, kv_heads: int, head_dim: int, sliding_window: int | None = None
+) -> Tiling:
+    """The tiling for queries `[batch, seq, num_heads, head_dim]` on the ambient mesh.
+
+    A causal row computes half of the larger of granule and keys in vain, a windowed one half of both together. A step
+    of the grid takes about 0.35 us whatever it computes, a fourth of what 512 x 512 scores take on v5e. So a tile has
+    256 keys (1/64 of those that a row sees, if that is more) and 512 to 1024 rows: of the queries of as many heads as
+    share their keys, at 128 or 256 positions. Where that makes fewer than 2^17 scores it is a square.
+
+    The fused backward kernel forms the scores once where two form them twice, but writes the gradient of a query once
+    for every block of keys, and these are summed afterwards: its blocks are as large as makes both together cheapest,
+    and heads take turns where all these gradients would be more than `_PARTIAL_BYTES`.
+    """
+    group, shards = num_heads // kv_heads, _sequence_shards(seq)
+    positions = seq // (2 * shards if _is_zigzag(seq, sliding_window) else shards)
+    granule, rows, keys = _tile(positions, seq, group, min(seq, sliding_window or seq))
+    heads = kv_heads // _shards("heads", kv_heads)
+    head_bytes = batch // _shards("batch", batch) * group * seq // shards * head_dim * 2  # of a gradient, in bfloat16
+
+    def computed(keys: int) -> float:  # by a row and product
+        return 2 * computed_pairs(seq, granule, keys, sliding_window) / seq
+
+    costs: dict[tuple[int | None, int], float] = {(None, heads): 7 * computed(keys)}
+    for size in range(keys, min(seq, max(_MAX_FUSED // head_dim, keys)) + 1, keys):
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n * head_bytes * seq // size <= _PARTIAL_BYTES]
+        if seq % size == 0 and fitting:
+            costs[size, max(fitting)] = 5 * computed(size) + _PARTIAL * seq // size
+    fused_keys, heads = min(costs, key=lambda choice: costs[choice])
+    return Tiling(granule, rows, keys, fused_keys, heads)
+
+
+def _tile(positions: int, seq: int, group: int, span: int) -> tuple[int, int, int]:
+    """Granule, rows and keys of a tile, for pieces of `positions` of a row of `seq` tokens that see `span` keys."""
+    block = max((size for size in (_MIN_BLOCK, 256, _MAX_BLOCK) if positions % size == 0), default=positions)
+    keys = max((size for size in (256, 512, 1024) if seq % size == 0 and size <= max(256, span // 64)), default=block)
+    tiles = [
+        (granule * heads, -granule)
+        for granule in (128, 256)
+        for heads in range(1, group + 1)
+        if positions % granule == 0 and group % heads == 0 and granule * heads <= 1024
+    ]
+    rows, granule = max(tiles, default=(block, -block))
+    if rows * min(keys, 256) < min(2**17, block**2):
+        return block, block, block
+    return -granule, rows, keys
+
+
+def computed_pairs(seq: int, granule: int, keys: int, sliding_window: int | None) -> int:
+    """How many pairs of a query and a key the blocks have that splash attention does not skip, of one head and row."""
+    first = np.arange(0, seq, granule)
+    last_block = (first + granule - 1) // keys
+    first_block = np.maximum(first - (sliding_window or seq) + 1, 0) // keys
+    return int((last_block - first_block + 1).sum()) * granule * keys
+
+
+class _RowMask:
+    """For the masks of splash attention, which look at every pair to learn whether a block has any, or all, to compute.
+
+    The positions of a tile are consecutive: three pairs tell. All are seen if the last key is by the first position and
+    the first key by the last position; none if the nearest pair is not.
+    """
+
+    def __getitem__(self: Any, index: tuple[slice, slice]) -> np.ndarray:
+        rows, (start, end) = index[0], (index[1].start, index[1].stop - 1)
+        first, last = self.q_sequence[rows.start], self.q_sequence[rows.stop - 1]
+        near = np.clip(end, first, last)
+        return self.mask_function(np.array([[first, last, near]]), np.array([[end, start, np.clip(near, start, end)]]))
+
+
+class _CausalRows(_RowMask, splash_attention.CausalMask):
+    pass
+
+
+class _LocalRows(_RowMask, splash_attention.LocalMask):
+    pass
+
+
+def _row_mask(positions: np.ndarray, group: int, cut: Tiling, sliding_window: int | None) -> Any:
+    """The mask of the rows of the kernel, for queries of one head at `positions`."""
+    shape = (group * len(positions), len(positions))
+    mask: Any
+    if sliding_window is None:
+        mask = _CausalRows(shape)
+    else:
+        mask = _LocalRows(shape, (sliding_window - 1, 0), offset=0)
+    mask.q_sequence = repeat(positions, "(n p) -> (n g p)", p=cut.granule, g=group)
+    return mask
+
+
+def _block_sizes(cut: Tiling) -> splash_attention.BlockSizes:
+    is_fused = cut.fused_keys is not None
+    multiplied = cut.keys if cut.rows * cut.keys <= _MAX_BLOCK**2 else 256  # at a time, of the keys of a block
+    return splash_attention.BlockSizes(
+        block_q=cut.rows,
+        block_kv=cut.keys,
+        block_kv_compute=multiplied,
+        block_q_dkv=cut.rows,
+        block_kv_dkv=cut.fused_keys or cut.keys,
+        block_kv_dkv_compute=multiplied,
+        block_q_dq=None if is_fused else cut.rows,
+        block_kv_dq=None if is_fused else cut.keys,
+        use_fused_bwd_kernel=is_fused,
+    )
 
 
 def zigzag_positions(seq: int, shards: int) -> np.ndarray:
@@ -321,34 +464,3 @@ def _zigzag_pairs(name: str) -> tuple[list[tuple[int, int]], ...]:
     """`(origin, destination)` of pieces 0, 2, 4, ... and of pieces 1, 3, 5, ..., of which each device holds one."""
     shards = jax.lax.axis_size(name)
     return tuple([(i // 2, min(i, 2 * shards - 1 - i)) for i in range(start, 2 * shards, 2)] for start in (0, 1))
-
-
-def block_of(positions: int) -> int:
-    """The size of the blocks in which splash attention takes so many positions; all of them where none divides."""
-    return max((size for size in (_MIN_BLOCK, 256, _MAX_BLOCK) if positions % size == 0), default=positions)
-
-
-def fused_keys(seq: int, block: int, sliding_window: int | None) -> int | None:
-    """How many keys a block has in the fused backward kernel of splash attention; None where two kernels run.
-
-    Fused, the backward pass computes the scores once and not twice, but writes the gradient of the queries once for
-    every block of keys before it sums them: blocks grow with the sequence, while they fit.
-    """
-    most = max(block, _MAX_KEYS if sliding_window is None else _MAX_WINDOWED_KEYS)
-    sizes = (size for size in range(block, most + 1, block) if seq % size == 0 and seq // size <= _FUSED_BLOCKS)
-    return next(sizes, None)
-
-
-@functools.cache
-def _block_sizes(block: int, fused: int | None) -> splash_attention.BlockSizes:
-    """Blocks of one size, but for the keys of the fused backward kernel."""
-    return splash_attention.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=fused or block,
-        block_kv_dkv_compute=block,
-        block_q_dq=None if fused else block,
-        block_kv_dq=None if fused else block,
-        use_fused_bwd_kernel=fused is not None,
-    )

@@ -3,12 +3,19 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import sys
+import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -34,6 +41,7 @@ from jaxft.errors import JaxftError
 from jaxft.hub import load_model
 from jaxft.methods import build
 from jaxft.methods.registry import methods
+from jaxft.models.attention import attention
 from jaxft.partition import combine
 from jaxft.training import compilation, loss
 from jaxft.training.state import abstract_state, init_state, tuned_of
@@ -137,6 +145,78 @@ def test_a_missing_compiler_is_one_sentence_that_says_what_to_install(monkeypatc
 def test_visible_pairs(window):
     counted = sum(k <= q and (window is None or q - k < window) for q in range(16) for k in range(16))
     assert visible_pairs(16, window) == counted
+
+
+def pallas_calls(jaxpr, times=1):
+    """The kernels of a jaxpr as instructions of a program with the shapes of their operands, and how often they run."""
+    names = {"float32": "f32", "int32": "s32", "int8": "s8"}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            result = ", ".join(f"{names[str(v.aval.dtype)]}{list(v.aval.shape)}" for v in eqn.outvars).replace(" ", "")
+            call = hlo.Instruction(f"{eqn.params['name']}.1", "custom-call", f"({result})", (), "", "", False)
+            yield call, [(names[str(v.aval.dtype)], v.aval.shape) for v in eqn.invars], times
+        for inner in jaxprs_in_params(eqn.params) if eqn.primitive.name != "pallas_call" else ():
+            yield from pallas_calls(inner, times * eqn.params.get("length", 1))
+
+
+@pytest.mark.parametrize(
+    ("seq", "window", "heads", "kv_heads", "sizes", "settings", "products"),
+    [
+        (2048, None, 2, 2, {}, {}, 7),  # no group: blocks of 512 x 512
+        (1152, None, 4, 2, {}, {}, 7),  # 9 x 128
+        (2048, None, 8, 2, {"fsdp": 2, "tensor": 2, "sequence": 2}, {}, 7),  # zigzag
+        (2048, 300, 8, 2, {"tensor": 2, "sequence": 2}, {}, 7),
+        (2048, 300, 4, 1, {"sequence": 2}, {"_PARTIAL": 10**6}, 9),  # two kernels backward
+        (2048, None, 8, 2, {}, {"_PARTIAL_BYTES": 2**21}, 7),  # larger blocks of keys, one head after the other
+    ],
+)
+def test_attention_is_counted_by_the_blocks_that_its_kernels_do_not_skip(
+    monkeypatch, seq, window, heads, kv_heads, sizes, settings, products
+):
+    made, rows, dim = [], 4, 16
+    make = splash_attention.make_splash_mha
+    monkeypatch.setattr(splash_attention, "make_splash_mha", lambda **given: made.append(given) or make(**given))
+    for name, value in settings.items():
+        monkeypatch.setattr(sys.modules[attention.__module__], name, value)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1} | sizes
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 4)
+    shapes = [jax.ShapeDtypeStruct((rows, seq, n, dim), jnp.float32) for n in (heads, kv_heads, kv_heads)]
+
+    def run(q, k, v):
+        positions = np.arange(seq)[None]
+        return attention(q, k, v, positions=positions, sliding_window=window, implementation="splash").sum()
+
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(*shapes).jaxpr
+    described = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
+    described |= {"sliding_window": window, "sliding_layers": (window is not None,)}
+    count = attention_kernels(types.SimpleNamespace(**described), rows, seq, mesh)
+    counted = sum(count(call, operands) * times for call, operands, times in pallas_calls(jaxpr))
+
+    given, plain = made[0], splash_attention.CausalMask(made[0]["mask"].shape[1:])
+    if window is not None:
+        plain = splash_attention.LocalMask(plain.shape, (window - 1, 0), 0)
+    plain.q_sequence = given["mask"].masks[0].q_sequence
+    blocks = given["block_sizes"]
+    computed = 0
+    for info, other, area, times in zip(
+        *(
+            (kernel.fwd_mask_info, kernel.dkv_mask_info, kernel.dq_mask_info)
+            for kernel in (make(**given), make(**given | {"mask": splash_attention.MultiHeadMask([plain] * kv_heads)}))
+        ),
+        (
+            blocks.block_q * blocks.block_kv,
+            blocks.block_q_dkv * blocks.block_kv_dkv,
+            (blocks.block_q_dq or 0) * (blocks.block_kv_dq or 0),
+        ),
+        (2, 5 if blocks.use_fused_bwd_kernel else 4, 0 if blocks.use_fused_bwd_kernel else 3),
+        strict=True,
+    ):
+        if times:
+            assert all(np.array_equal(a, b) for a, b in zip(info[:3], other[:3], strict=True) if a is not None)
+            computed += 2 * times * dim * area * (np.asarray(info.block_mask[0]) > 0).sum()
+    assert counted == pytest.approx(computed * kv_heads * rows / math.prod(sizes.values()), rel=1e-12)
+    assert products == (7 if blocks.use_fused_bwd_kernel else 9)
 
 
 @pytest.mark.parametrize("remat", ["block", "none"])
@@ -318,7 +398,7 @@ def test_layers_of_two_kinds_are_one_scan_with_a_kernel_of_each(directory, tmp_p
     mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x2")))
     compiled = compile_step(wanted, model, mesh)
     text = compiled.step.as_text()
-    found = hlo.costs(hlo.parse(text), taken=0.5, kernels=attention_kernels(model.config, 512))
+    found = hlo.costs(hlo.parse(text), taken=0.5, kernels=attention_kernels(model.config, ROWS, 512, mesh))
     assert sum(found.kernels.values()) == 3 * LAYERS, "forward, forward again, backward"
     assert len(re.findall(r"%splash_mha_fwd\S* = .* custom-call\(", text)) == 2 * 2, "whatever the depth"
     assert not any(c.total_bytes for c in found.collectives if c.in_conditional), "no device waits for a branch"
