@@ -341,7 +341,7 @@ def tiling(
     heads = kv_heads // _shards("heads", kv_heads)
     head_bytes = batch // _shards("batch", batch) * group * seq // shards * head_dim * 2  # of a gradient, in bfloat16
 
-    def computed(keys: int) -> float:  # by a row and product
+    def computed(keys: int) -> float:  # FLOPs of a row's product, over head_dim
         return 2 * computed_pairs(seq, granule, keys, sliding_window) / seq
 
     costs: dict[tuple[int | None, int], float] = {(None, heads): 7 * computed(keys)}

@@ -182,6 +182,18 @@ def test_splash_on_a_mesh(seq, sliding_window, heads):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
 
 
+def test_gradients_of_keys_and_values_are_scattered_over_the_sequence_axis():
+    q, k, v = inputs(seq=512)
+    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def loss(q, k, v):
+        return attention(q, k, v, positions=np.arange(512)[None], implementation="splash").sum()
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).as_text()
+    assert program.count("stablehlo.reduce_scatter") == 2 and "stablehlo.all_reduce" not in program
+
+
 @pytest.mark.parametrize("shards", [2, 3, 8])
 def test_zigzag_gives_every_shard_the_same_work_and_comes_back(shards):
     positions = zigzag_positions(8 * shards, shards)
