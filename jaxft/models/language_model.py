@@ -16,13 +16,16 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import rms_norm, run_layers
 from jaxft.models.sharding import constrain, mesh_axes
 from jaxft.weights import (
+    RowSplit,
     Tree,
     embed,
     linear,
     materialize,
+    parted,
     prompt_embeddings,
     site,
     unembed,
+    unembed_parted,
     unembed_rule,
     value,
 )
@@ -32,6 +35,11 @@ from jaxft.weights.reduction import scattered_in
 def head_of(model: Any, params: Tree) -> Tree:
     """What `model.logits` is given of `params`, for calls in pieces: `model.head(params)`, all of it without such."""
     return model.head(params) if hasattr(model, "head") else params
+
+
+def parted_head_of(model: Any, params: Tree) -> tuple[Tree, Int[Array, " vocab"] | None]:
+    """`model.parted_head(params)`; the head as it is without such."""
+    return model.parted_head(params) if hasattr(model, "parted_head") else (head_of(model, params), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +118,8 @@ class LanguageModel:
         A tied table is stored divided by width, for the look-up. On a mesh it becomes an array divided by vocabulary,
         as a head is: else each piece would gather it. Nodes that have an `unembed` rule of their own stay.
         """
+        if "parted" in params:
+            return params
         if head := params.get("head"):
             return {"head": head}
         table = params["embed"]["embedding"]
@@ -117,6 +127,20 @@ class LanguageModel:
         if divided and type(table) not in unembed_rule.registry:
             table = constrain(materialize(table), "vocab", None)
         return {"embed": {"embedding": table}}
+
+    def parted_head(self, params: Tree) -> tuple[Tree, Int[Array, " vocab"] | None]:
+        """`head`, for those whom the order of scores does not concern, and where the score of each word will be.
+
+        Of a tied table of which some rows train those lie together, on each device that holds a part, so that a
+        gradient is computed for them alone. Otherwise scores are where they belong, and there is nothing to say (None).
+        """
+        table = None if "head" in params else params["embed"]["embedding"]
+        axes = mesh_axes("vocab", self.config.vocab_size) or ()
+        parts = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+        if not isinstance(table, RowSplit) or table.axis != -2 or table.index.shape[0] % parts:
+            return self.head(params), None
+        words, rows, place = parted(table, parts)
+        return {"parted": (constrain(words, "vocab", None), constrain(rows, "vocab", None, None))}, place
 
     def logits(self, params: Tree, hidden: Float[Array, "... dim"]) -> Float[Array, "... vocab"]:
         """Scores of the next token in fp32, computed in the dtype of `hidden`; a head of its own or a tied one."""
@@ -129,7 +153,11 @@ class LanguageModel:
         params = self.head(params)
         head = params.get("head", {})
         with scattered_in(None):  # over `fsdp` lie the columns of a head, not its rows
-            scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
+            if "parted" in params:
+                table, rows = params["parted"]
+                scores = unembed_parted(hidden, table.astype(hidden.dtype), rows)
+            else:
+                scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
         scores = (constrain(scores, *layout, "vocab") if divided else scores).astype(jnp.float32)
         scores = scores + value(head["bias"], jnp.float32) if "bias" in head else scores
         cap = self.config.final_logit_softcapping

@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxft.errors import JaxftError
-from jaxft.models.language_model import head_of
+from jaxft.models.language_model import parted_head_of
 from jaxft.models.sharding import MESH_AXES, mesh_axes
 
 Batch = dict[str, Array]
@@ -227,10 +227,10 @@ def language_model_loss(
         )
         hidden, routing = hidden if router_aux_loss else (hidden, None)
         weights = batch["weights"]
-        head = head_of(model, params)
+        head, place = parted_head_of(model, params)
         found = cross_entropy(
             hidden,
-            batch["targets"],
+            batch["targets"] if place is None else jnp.take(place, batch["targets"]),
             weights,
             lambda h: model.logits(head, h),
             chunks=chunks,

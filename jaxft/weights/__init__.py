@@ -41,7 +41,7 @@ from jaxft.weights.ragged import (
     ragged_matmul,
     ragged_outer,
 )
-from jaxft.weights.rows import RowSplit, gather_rows
+from jaxft.weights.rows import RowSplit, gather_rows, parted, unembed_parted
 from jaxft.weights.sites import (
     ACTIVATIONS,
     PROMPT,
@@ -108,6 +108,7 @@ __all__ = [
     "num_layers",
     "pack",
     "pad_spec",
+    "parted",
     "prompt_embeddings",
     "prompt_rule",
     "ragged_input_gradient",
@@ -126,6 +127,7 @@ __all__ = [
     "split_layers",
     "static",
     "unembed",
+    "unembed_parted",
     "unembed_rule",
     "value",
 ]

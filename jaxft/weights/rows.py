@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxft.weights.core import (
     Node,
     Weight,
+    as_rows,
     linear_rule,
     materialize,
     materialize_rule,
@@ -93,6 +94,51 @@ _row_matmul.defvjp(_row_forward, _row_backward)
 @linear_rule.register
 def _(w: RowSplit, x: Array) -> Array:
     return _row_matmul(x, materialize(w.base).astype(x.dtype), materialize(w.rows), w.index, w.axis)
+
+
+def parted(
+    w: RowSplit, parts: int
+) -> tuple[Float[Array, "vocab dim"], Float[Array, "parts trained dim"], Int[Array, " vocab"]]:
+    """A table `[vocab, dim]` of which some rows train, in an order for `unembed_parted`: they are the first of each of
+    `parts` equal parts.
+
+    Returns:
+        the table in that order, of which no gradient is taken; its rows that train; and where each row lies in it.
+    """
+    vocab, k = w.base.shape[0], w.index.shape[0]
+    own = w.index < vocab  # padding is the place of a row that does not train
+    is_taken = jnp.zeros(vocab, bool).at[:k].set(own)
+    trains = jnp.zeros(vocab, bool).at[w.index].set(True, mode="drop")
+    order = jnp.zeros(vocab, jnp.int32).at[jnp.argsort(is_taken)].set(jnp.argsort(trains).astype(jnp.int32))
+    order = order.at[jnp.where(own, jnp.arange(k), vocab)].set(w.index, mode="drop")
+    order = jnp.concatenate([order[:k].reshape(parts, -1), order[k:].reshape(parts, -1)], axis=1).reshape(-1)
+    table = jnp.take(jax.lax.stop_gradient(materialize(w)), order, axis=0)
+    rows = jnp.where(own[:, None], materialize(w.rows), 0).reshape(parts, -1, table.shape[1])
+    return table, rows, jnp.zeros_like(order).at[order].set(jnp.arange(vocab, dtype=jnp.int32))
+
+
+@jax.custom_vjp
+def unembed_parted(
+    x: Float[Array, "... dim"], table: Float[Array, "vocab dim"], rows: Float[Array, "parts trained dim"]
+) -> Float[Array, "... vocab"]:
+    """`x @ table.T` for what `parted` returns: the gradient of the table is computed for the rows that train alone."""
+    return jnp.matmul(as_rows(x), table.T).reshape(*x.shape[:-1], table.shape[0])
+
+
+def _parted_forward(x: Array, table: Array, rows: Array) -> tuple[Array, tuple[Array, ...]]:
+    return unembed_parted(x, table, rows), (x, table, rows)
+
+
+def _parted_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
+    x, table, rows = residuals
+    parts, trained, _ = rows.shape
+    flat, scores = as_rows(x), as_rows(g)
+    tokens = tuple(range(flat.ndim - 1))
+    scores = scores.reshape(*scores.shape[:-1], parts, -1)[..., :trained]
+    return jnp.matmul(g, table), None, jnp.tensordot(scores, flat, (tokens, tokens)).astype(rows.dtype)
+
+
+unembed_parted.defvjp(_parted_forward, _parted_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.distributed import hlo
-from jaxft.training.loss import chunks_for, cross_entropy
-from jaxft.weights import LowRank, linear, materialize, unembed
+from jaxft.distributed import MeshConfig, hlo, make_mesh
+from jaxft.models import DecoderConfig, LanguageModel
+from jaxft.training.loss import chunks_for, cross_entropy, language_model_loss
+from jaxft.weights import LowRank, RowSplit, linear, materialize, unembed
 
 BATCH, SEQ, DIM, VOCAB = 3, 10, 8, 37
 
@@ -199,3 +200,45 @@ def test_pieces_of_a_bfloat16_head_are_summed_in_float32():
     gradient = jax.grad(loss)(jnp.zeros((dim, vocab), jnp.bfloat16))
     expected = -0.5 * float(jnp.sum(weights))
     assert abs(float(gradient[0, 0]) / expected - 1) < 2**-8
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_of_a_tied_table_only_the_rows_that_train_have_a_gradient(devices):
+    """The same as in the gradient of the whole table, from a product of its own."""
+    words, dim, padding = 96, 40, 4
+    model = LanguageModel(
+        DecoderConfig(
+            model_type="llama", vocab_size=words, hidden_size=dim, intermediate_size=56, num_layers=1, num_heads=2,
+            num_kv_heads=1, head_dim=24, tie_embeddings=True, final_logit_softcapping=2.0,
+        )
+    )  # fmt: skip
+    params, rng = model.init(jax.random.key(0)), np.random.default_rng(0)
+    index = np.concatenate([rng.permutation(words)[:44], np.full(padding, words)]).astype(np.int32)
+    rows = rng.normal(size=(48, dim)).astype(np.float32)
+    batch = {name: rng.integers(0, words, (4, 16)) for name in ("tokens", "targets")}
+    batch["weights"] = (rng.random((4, 16)) > 0.3).astype(np.float32)
+    loss = language_model_loss(model, chunks=2, z_loss=1e-2, remat="none")
+    table = RowSplit(params["embed"]["embedding"], jnp.asarray(rows), jnp.asarray(index))
+
+    def of(table):
+        total, _, aux = loss({**params, "embed": {"embedding": table}}, batch, jax.random.key(0))
+        return total, aux["correct"]
+
+    def of_rows(rows):
+        return of(table.replace(rows=rows))
+
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])):
+        compiled = jax.jit(jax.value_and_grad(of_rows, has_aux=True)).lower(table.rows).compile()
+        (value, correct), got = compiled(table.rows)
+    (expected_value, expected_correct), whole = jax.jit(jax.value_and_grad(of, has_aux=True))(materialize(table))
+    assert value == pytest.approx(float(expected_value), rel=1e-5) and correct == expected_correct
+    expected = np.concatenate([whole[index[:-padding]], np.zeros((padding, dim))])
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    products = [
+        sorted(n for n in op.shapes[0][1] if n > 1)
+        for instructions in hlo.parse(compiled.as_text()).computations.values()
+        for op in instructions
+        if op.opcode == "dot"
+    ]
+    of_a_device = {dim, words // devices}
+    assert not [dims for dims in products if set(dims) == of_a_device] and sorted([dim, 48 // devices]) in products
