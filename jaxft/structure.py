@@ -84,7 +84,13 @@ def _rebuild(document: Any) -> Any:
             known = {cls.__name__: cls for cls in _node_classes(Node)}
             if name not in known:
                 raise JaxftError(f"this file holds a weight node {name}: import the module that defines it first")
-            values = {key: _rebuild(value) for key, value in arrays.items()}
+            fields = {field.name for field in dataclasses.fields(known[name])}
+            # What a node had once, and what held nothing, is left out.
+            values = {key: _rebuild(value) for key, value in arrays.items() if key in fields or value is not None}
+            if unknown := values.keys() - fields:
+                raise JaxftError(
+                    f"this file holds a {name} with {min(unknown)}, which it had in another version of jaxft"
+                )
             return known[name](**values, **{key: _frozen(value) for key, value in static.items()})
     raise JaxftError(f"cannot read the structure of this file: {str(document)[:80]}")
 

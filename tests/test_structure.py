@@ -30,8 +30,20 @@ def test_what_cannot_be_described_is_left_out_and_what_is_unknown_refused():
     assert describe({"a": jax.ShapeDtypeStruct((), int), "b": {1: np.zeros(2)}}) is None
     with pytest.raises(JaxftError, match="weight node Strange"):
         rebuild({"node": "Strange", "arrays": {}, "static": {}})
+    split = describe(cut("Split").trainable)
+    assert jax.tree.structure(rebuild(with_field(split, None))) == jax.tree.structure(rebuild(split))
+    with pytest.raises(JaxftError, match="a Split with propagates, which it had in another version"):
+        rebuild(with_field(split, "array"))
     with pytest.raises(JaxftError, match="cannot read the structure"):
         rebuild({"set": []})
+
+
+def with_field(document, value):
+    """A described tree whose nodes have a field `propagates`, as in an earlier version."""
+    if not isinstance(document, dict):
+        return document
+    found = {key: with_field(inner, value) for key, inner in document.items()}
+    return found | {"arrays": {**found["arrays"], "propagates": value}} if "node" in found else found
 
 
 METHODS = {

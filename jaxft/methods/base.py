@@ -3,11 +3,12 @@
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
@@ -39,6 +40,7 @@ from jaxft.weights import (
     Weight,
     is_node,
     let_through,
+    trained_from,
 )
 
 
@@ -108,9 +110,9 @@ def chain(*methods: Method) -> Method:
         for i, method in enumerate(methods):
             tuned = method.init(fold_in(rng, i), params, probe)
             states.append(tuned.state)
-            params = mark(tuned)
-        # A method that trains the upper layers alone may end the backward pass there; another may train below it.
-        return split(let_through(params), tuple(states))
+            # A method that trains upper layers ends the backward pass there; another may train, or measure, below.
+            params = let_through(mark(tuned))
+        return split(params, tuple(states))
 
     due = [m.due or (lambda step, total: False) for m in methods]
 
@@ -218,6 +220,27 @@ def rewrite(
     if not done:
         raise JaxftError(f'everything selected by "{on}" is already taken by an earlier method of the chain')
     return params
+
+
+def others_below(tuned: Tuned, own: Collection[str], roles: Roles) -> bool:
+    """Whether anything but the weights at `own` trains that a layer may sit on: in the stack, the embedding, a site."""
+    trained = {p for p, w in weights_by_path(mark(tuned)).items() if has_marks(w)} - set(own)
+    embedding = roles.names.get("embedding")
+    feeds = select(combine(tuned), embedding, roles=roles, allow_empty=True) if embedding else {}
+    return any(roles.is_stacked(p) or p in feeds or "sites" in p.split(".") for p in trained)
+
+
+def stop_below(tuned: Tuned, chosen: Mapping[str, bool | np.ndarray], roles: Roles) -> Tuned:
+    """`tuned`, whose backward pass ends at the lowest of the layers in which something trains.
+
+    `chosen`: what trains in the stack, by path, in all layers (True) or some, as of `select`. Where anything else
+    trains that feeds a layer (the embedding, a prompt), nothing changes.
+    """
+    own = {path: layers for path, layers in chosen.items() if roles.is_stacked(path)}
+    first = min((0 if layers is True else int(np.argmax(layers)) for layers in own.values()), default=0)
+    if not first or others_below(tuned, own, roles):
+        return tuned
+    return split(trained_from(mark(tuned), first), tuned.state)
 
 
 def map_moments(opt_state: Any, trainable: Tree, fn: Callable[..., Tree], *others: Any) -> Any:

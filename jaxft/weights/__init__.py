@@ -10,6 +10,7 @@ from jaxft.weights.core import (
     embed,
     embed_rule,
     fetch_layer,
+    first_trained,
     is_indexed,
     is_node,
     layer_slice,
@@ -57,7 +58,7 @@ from jaxft.weights.sites import (
     site_rule,
 )
 from jaxft.weights.sparse import BlockSplit, SparseDelta, gather_blocks, gather_flat
-from jaxft.weights.split import Split, let_through, resplit, split_layers
+from jaxft.weights.split import Split, let_through, resplit, split_layers, trained_from
 from jaxft.weights.thresholded import Thresholded
 
 __all__ = [
@@ -90,6 +91,7 @@ __all__ = [
     "embed",
     "embed_rule",
     "fetch_layer",
+    "first_trained",
     "gated_matmul",
     "gather_blocks",
     "gather_flat",
@@ -126,6 +128,7 @@ __all__ = [
     "specs_rule",
     "split_layers",
     "static",
+    "trained_from",
     "unembed",
     "unembed_parted",
     "unembed_rule",

@@ -27,6 +27,8 @@ AnyNode = TypeVar("AnyNode")
 class Node:
     """Base of weight nodes: frozen dataclasses registered as pytrees with `node`."""
 
+    first: int = 0  # of those indexed by layer: nothing trains below (`first_trained`)
+
     def replace(self, **fields: Any) -> Self:
         return dataclasses.replace(cast(Any, self), **fields)  # `node` makes every subclass a dataclass
 
@@ -178,23 +180,48 @@ def num_layers(layers: Tree) -> int:
     raise ValueError("a stacked tree without arrays has no number of layers")
 
 
+def first_trained(layers: Tree) -> int:
+    """The lowest layer of a stack that needs a backward pass, as far as its nodes say (`Split.first`)."""
+    return min((w.first for w in jax.tree.leaves(layers, is_leaf=is_indexed) if is_indexed(w)), default=0)
+
+
 def scan_layers(
     block: Callable[[Any, Tree, Any], tuple[Any, Any]], layers: Tree, carry: Any, xs: Any = None, *, unroll: int = 1
 ) -> tuple[Any, Any]:
     """`lax.scan` of `block(carry, layer_params, x) -> (carry, y)` over params whose leaves are stacked `[L, ...]`.
 
     Arrays and ordinary nodes are sliced by the scan. A node with an `at_layer` rule (`Split`) holds stacks of other
-    lengths, stays outside and is indexed in the body, so that which layer trains is data and not structure.
+    lengths, stays outside and is indexed in the body, so that which layer trains is data and not structure. Layers
+    below which nothing trains have a scan of their own: nothing of them is kept, or done again, for a gradient.
     """
     leaves, treedef = jax.tree.flatten(layers, is_leaf=is_indexed)
-    sliced = [None if is_indexed(w) else w for w in leaves]
+    count, first = num_layers(layers), first_trained(layers)
+    sliced = [None if is_indexed(w) or first else w for w in leaves]
+
+    def at(w: Weight, index: Array, part: Weight) -> Weight:
+        if is_indexed(w):
+            return at_layer_rule(w, index)
+        # Half of a stack, as the input of a scan, would be a copy. Where there are two scans no array trains.
+        one = functools.partial(lax.dynamic_index_in_dim, index=index, keepdims=False)
+        return jax.tree.map(lambda a: one(lax.stop_gradient(a)), w) if first else part
 
     def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
         index, sliced, x = inputs
-        layer = [at_layer_rule(w, index) if is_indexed(w) else s for w, s in zip(leaves, sliced, strict=True)]
+        layer = [at(w, index, s) for w, s in zip(leaves, sliced, strict=True)]
         return block(carry, treedef.unflatten(layer), x)
 
-    return lax.scan(body, carry, (jnp.arange(num_layers(layers)), sliced, xs), unroll=unroll)
+    if not first:
+        return lax.scan(body, carry, (jnp.arange(count), sliced, xs), unroll=unroll)
+
+    def frozen(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        index, x = inputs
+        layer = treedef.unflatten([lax.stop_gradient(at(w, index, None)) for w in leaves])
+        return block(carry, layer, x)
+
+    below, above = (jax.tree.map(lambda a, part=part: a[part], xs) for part in (slice(first), slice(first, None)))
+    carry, early = lax.scan(frozen, *lax.stop_gradient((carry, (jnp.arange(first), below))), unroll=unroll)
+    carry, late = lax.scan(body, lax.stop_gradient(carry), (jnp.arange(first, count), sliced, above), unroll=unroll)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), early, late)
 
 
 def fetch_layer(layer: Tree) -> Tree:

@@ -20,6 +20,7 @@ from jaxft.weights.core import (
     node,
     specs,
     specs_rule,
+    static,
 )
 from jaxft.weights.gated import Gated, gated_matmul, gated_ragged_matmul
 from jaxft.weights.memory import fetch
@@ -35,15 +36,15 @@ class Split(Node):
     Inside a scan over layers `is_trainable` and `slot` are the scalars of the current layer; the stacks stay whole.
 
     `trainable` and `frozen` may differ in dtype (fp32 masters beside bf16 frozen weights), and `frozen` may be a node.
-    `propagates`, where given, says in which layers anything that trains sits at or below this weight: in the others
-    the gradient of its input is of no use and is not computed.
+    `first`: below this layer nothing trains, in no weight of the stack and nothing that feeds it, however often layers
+    are drawn again. `scan_layers` runs those below without a backward pass.
     """
 
     trainable: Float[Array, "k ..."]
     frozen: Weight
     is_trainable: Bool[Array, "*layers"]
     slot: Int[Array, "*layers"]
-    propagates: Bool[Array, "*layers"] | None = None
+    first: int = static(default=0)
 
     @property
     def num_layers(self) -> int:
@@ -69,24 +70,31 @@ def resplit(w: Split, is_trainable: Bool[Array, " layers"]) -> Split:
         return moved.replace(
             trainable=moved.trainable.astype(w.trainable.dtype),
             frozen=moved.frozen.astype(w.frozen.dtype),
-            propagates=w.propagates,
+            first=w.first,
         )
     raise TypeError(
         f"cannot move trained layers into a frozen stack of {type(w.frozen).__name__}: re-selection needs a dense base"
     )
 
 
+def _is_split(w: Any) -> bool:
+    return isinstance(w, Split)
+
+
+def trained_from(tree: Tree, first: int) -> Tree:
+    """`tree` whose splits say that nothing trains below layer `first`."""
+    return jax.tree.map(lambda w: w.replace(first=first) if _is_split(w) else w, tree, is_leaf=_is_split)
+
+
 def let_through(tree: Tree) -> Tree:
     """`tree` whose layers all pass gradients on to their inputs again: for when something trains below after all."""
 
     def one(w: Any) -> Any:
-        if isinstance(w, Split):
-            return w.replace(propagates=None)
         if isinstance(w, Gated) and w.propagates is not None:
             return w.replace(propagates=jnp.ones_like(w.propagates))
         return w
 
-    return jax.tree.map(one, tree, is_leaf=lambda w: isinstance(w, Split | Gated))
+    return trained_from(jax.tree.map(one, tree, is_leaf=lambda w: isinstance(w, Gated)), 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -117,9 +125,7 @@ _read.defvjp(_read_forward, _read_backward)
 
 @at_layer_rule.register
 def _(w: Split, index: Array) -> Split:
-    propagates = None if w.propagates is None else jnp.asarray(w.propagates)[index]
-    is_trainable, slot = jnp.asarray(w.is_trainable)[index], jnp.asarray(w.slot)[index]
-    return w.replace(is_trainable=is_trainable, slot=slot, propagates=propagates)
+    return w.replace(is_trainable=jnp.asarray(w.is_trainable)[index], slot=jnp.asarray(w.slot)[index])
 
 
 @materialize_rule.register
@@ -146,7 +152,7 @@ def _(w: Split, x: Array) -> Array:
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def product(x: Array, w: Split) -> Array:
         weight = _read(w.trainable, w.frozen, w.is_trainable, w.slot, x.dtype)
-        return gated_matmul(x, weight, w.is_trainable, w.propagates)
+        return gated_matmul(x, weight, w.is_trainable)
 
     return product(x, w)
 
@@ -156,12 +162,11 @@ def _(w: Split, x: Array, sizes: Array, axes: Axes) -> Array:
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def product(x: Array, w: Split) -> Array:
         weight = _read(w.trainable, w.frozen, w.is_trainable, w.slot, x.dtype)
-        return gated_ragged_matmul(x, weight, sizes, w.is_trainable, w.propagates, axes)
+        return gated_ragged_matmul(x, weight, sizes, w.is_trainable, None, axes)
 
     return product(x, w)
 
 
 @specs_rule.register
 def _(w: Split, spec: PartitionSpec) -> Split:
-    flags = None if w.propagates is None else PartitionSpec()
-    return Split(spec, specs(w.frozen, spec), PartitionSpec(), PartitionSpec(), flags)
+    return Split(spec, specs(w.frozen, spec), PartitionSpec(), PartitionSpec(), w.first)

@@ -80,10 +80,6 @@ def gated() -> Gated:
     return Gated(Trains(matrices()), jnp.asarray(MASK), jnp.ones(L, bool))
 
 
-def split_that_propagates() -> Split:
-    return layers_split().replace(propagates=jnp.ones(L, bool))
-
-
 def sparse(base=None) -> SparseDelta:
     index = jnp.asarray(np.stack([np.random.default_rng(i).permutation(D * D)[:8] for i in range(L)]))
     index = index.at[1, 6:].set(D * D)  # padding: layer 1 has six entries
@@ -127,7 +123,6 @@ CASES = {
     "RowSplit-columns": functools.partial(rows, -1),
     "RowSplit-padded-rows": functools.partial(padded_rows, -2),
     "RowSplit-padded-columns": functools.partial(padded_rows, -1),
-    "Split-propagates": split_that_propagates,
     "Gated": gated,
     "Damped": lambda: Damped(Trains(matrices()), jax.random.uniform(jax.random.key(9), (L, D, 1))),
     "Damped-over-Split": lambda: Damped(layers_split(), jax.random.uniform(jax.random.key(9), (L, 1, D))),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, path_key, rewrite
+from jaxft.methods.base import Method, path_key, rewrite, stop_below
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.partition import Tuned, layer_mask, masked_node, shape_of, split
@@ -44,10 +44,13 @@ def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear", dropou
     scale = (2 * rank if alpha is None else alpha) / rank
 
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
+        chosen: dict[str, Any] = {}
+
         def add(path: str, w: Weight, layers: Any) -> LowRank:
             *stack, d_in, d_out = shape_of(w)
             if rank > min(d_in, d_out):
                 raise JaxftError(f'lora: rank={rank} exceeds the smaller side of "{path}" ({d_in} x {d_out})')
+            chosen[path] = layers
             bound = 1 / math.sqrt(d_in)
             a = jax.random.uniform(path_key(rng, path), (*stack, d_in, rank), jnp.float32, -bound, bound)
             b = jnp.zeros((*stack, rank, d_out), jnp.float32)
@@ -55,6 +58,7 @@ def lora(rank: int = 16, alpha: float | None = None, on: str = "@linear", dropou
             a, b = (masked_node(factor, mask, stacked=bool(stack), path=path) for factor in (a, b))
             return LowRank(w, a, b, scale, dropout)
 
-        return split(rewrite(params, on, add, roles=probe.roles, layers=True, matrices=True))
+        tuned = split(rewrite(params, on, add, roles=probe.roles, layers=True, matrices=True))
+        return stop_below(tuned, chosen, probe.roles)
 
     return Method(init)

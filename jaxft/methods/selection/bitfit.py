@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxft.methods.base import Method, rewrite
+from jaxft.methods.base import Method, rewrite, stop_below
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.partition import Tuned, layer_mask, masked_node, select, shape_of, split, weights_by_path
@@ -47,7 +47,8 @@ def bitfit(on: str = "@linear", missing: Literal["add", "skip"] = "add") -> Meth
         def cut(path: str, w: Array) -> Weight:
             return masked_node(w, layer_mask(layers[path], w.shape), stacked=probe.roles.is_stacked(path), path=path)
 
-        return split(rewrite(params, biases, cut, roles=probe.roles, nodes=False))
+        tuned = split(rewrite(params, biases, cut, roles=probe.roles, nodes=False))
+        return stop_below(tuned, {b: layers[b] for b in biases}, probe.roles)
 
     return Method(init)
 

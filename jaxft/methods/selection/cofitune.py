@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, rewrite
+from jaxft.methods.base import Method, rewrite, stop_below
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.methods.selection.layers import layer_counts
@@ -71,7 +71,8 @@ def cofitune(
             return node if gates is None else Damped(node, (1 - soft * importance(gates))[:, None, :])
 
         paths = [f"layers.mlp.{name}.kernel" for name in names]
-        return split(rewrite(params, paths, cut, roles=probe.roles, nodes=False))
+        tuned = split(rewrite(params, paths, cut, roles=probe.roles, nodes=False))
+        return stop_below(tuned, dict.fromkeys(paths, layers), probe.roles)
 
     return Method(init)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxft.methods.base import Method, rewrite
+from jaxft.methods.base import Method, rewrite, stop_below
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.methods.selection.units import check_choice
@@ -43,6 +43,7 @@ def full(on: str = "**", missing: Missing = "refuse") -> Method:
             return masked_node(w, mask, stacked=probe.roles.is_stacked(path), path=path)
 
         chosen = on if missing == "refuse" else list(found)
-        return split(rewrite(params, chosen, cut, roles=probe.roles, nodes=False, layers=True))
+        tuned = split(rewrite(params, chosen, cut, roles=probe.roles, nodes=False, layers=True))
+        return stop_below(tuned, found, probe.roles)
 
     return Method(init)

@@ -1,6 +1,5 @@
 """Gates: weights that all have masters and moments, of which some are still while their gate is closed."""
 
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from jaxft.methods.base import map_moments, update_like
-from jaxft.partition import Roles, Trains, Tuned, combine, has_marks, map_weights, mark, select, split, weights_by_path
+from jaxft.partition import Trains, Tuned, map_weights, mark, split
 from jaxft.weights import Gated, Tree, is_node
 
 
@@ -21,14 +20,6 @@ def gate(w: Array, is_open: Array, propagates: Array | None, stacked: bool) -> G
     """A weight behind gates, with its mark."""
     passes = None if propagates is None else jnp.asarray(propagates, bool)
     return Gated(Trains(w), jnp.asarray(is_open, bool), passes, stacked)
-
-
-def others_below(tuned: Tuned, own: Collection[str], roles: Roles) -> bool:
-    """Whether anything but the weights at `own` trains that a layer may sit on: in the stack, the embedding, a site."""
-    trained = {p for p, w in weights_by_path(mark(tuned)).items() if has_marks(w)} - set(own)
-    embedding = roles.names.get("embedding")
-    feeds = select(combine(tuned), embedding, roles=roles, allow_empty=True) if embedding else {}
-    return any(roles.is_stacked(p) or p in feeds or "sites" in p.split(".") for p in trained)
 
 
 def hold_closed(optimizer: optax.GradientTransformation, decay: float = 1.0) -> optax.GradientTransformationExtraArgs:

@@ -10,10 +10,10 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, Signals, rewrite
+from jaxft.methods.base import Method, Signals, others_below, rewrite
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
-from jaxft.methods.selection.gates import gate, hold_closed, is_gated, others_below, turn
+from jaxft.methods.selection.gates import gate, hold_closed, is_gated, turn
 from jaxft.methods.selection.layers import at_rounds, stacked_arrays
 from jaxft.partition import Roles, Tuned, combine, shape_of, split, unmarked, weights_by_path
 from jaxft.weights import Tree

@@ -1,6 +1,5 @@
 """Layer freezing: the last (or first) layers train."""
 
-import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from jaxft.errors import JaxftError
@@ -8,10 +7,9 @@ from jaxft.methods.base import Method
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.methods.selection.full import full
-from jaxft.methods.selection.gates import others_below
 from jaxft.methods.selection.layers import layer_counts
-from jaxft.partition import Tuned, combine, has_marks, map_weights, mark, split, weights_by_path
-from jaxft.weights import Split, Tree, Weight
+from jaxft.partition import Tuned
+from jaxft.weights import Tree
 
 
 @register(
@@ -25,7 +23,7 @@ def layer_freezing(num_layers: int = 2, modules: str = "", extra: str = "") -> M
     """Train the last `num_layers` layers, or some modules of them, and whatever else is named; freeze the rest.
 
     A stacked leaf becomes `Split(trainable [n, ...], frozen [L - n, ...])`. The option `freeze` of LLaMA-Factory.
-    Below the first layer that trains, no gradient is computed.
+    Below the first layer that trains there is no backward pass.
 
     Args:
         num_layers: how many layers train, from the end; negative: from the start.
@@ -41,27 +39,6 @@ def layer_freezing(num_layers: int = 2, modules: str = "", extra: str = "") -> M
             raise JaxftError(f"layer-freezing: num_layers={num_layers}, but the model has {total} layers")
         span = f"layers[{total - num_layers}:]" if num_layers > 0 else f"layers[:{-num_layers}]"
         terms = [f"{span}.{m.strip()}" for m in modules.split(",")] if modules else [span]
-        return stop_below(full("|".join(terms + [extra] if extra else terms)).init(rng, params, probe), probe)
+        return full("|".join(terms + [extra] if extra else terms)).init(rng, params, probe)
 
     return Method(init)
-
-
-def stop_below(tuned: Tuned, probe: Probe) -> Tuned:
-    """The same cut whose splits compute no input gradient in layers at or below which nothing trains.
-
-    Where anything outside the stack trains that feeds it (the embedding, a prompt), nothing changes.
-    """
-    roles, params = probe.roles, combine(tuned)
-    trained = [p for p, w in weights_by_path(mark(tuned)).items() if has_marks(w)]
-    if others_below(tuned, [p for p in trained if roles.is_stacked(p)], roles):
-        return tuned
-    found = {p: w for p, w in weights_by_path(params).items() if p in trained and roles.is_stacked(p)}
-    depth = [jnp.argmax(w.is_trainable) if isinstance(w, Split) else jnp.zeros((), int) for w in found.values()]
-    if not depth:
-        return tuned
-    first = jnp.min(jnp.stack(depth))
-
-    def one(path: str, w: Weight) -> Weight:
-        return w.replace(propagates=jnp.arange(w.num_layers) >= first) if isinstance(w, Split) else w
-
-    return split(map_weights(one, mark(tuned)), tuned.state)

@@ -8,10 +8,10 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, Signals, rewrite
+from jaxft.methods.base import Method, Signals, others_below, rewrite
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
-from jaxft.methods.selection.gates import gate, hold_closed, others_below, turn
+from jaxft.methods.selection.gates import gate, hold_closed, turn
 from jaxft.methods.selection.layers import at_rounds, layer_counts, stacked_arrays
 from jaxft.partition import Trains, Tuned, split
 from jaxft.partition import select as select_paths

@@ -7,7 +7,6 @@ from jaxft.methods.base import Method
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.methods.selection.full import full
-from jaxft.methods.selection.layer_freezing import stop_below
 from jaxft.methods.selection.layers import layer_counts
 from jaxft.partition import Tuned
 from jaxft.partition import select as select_paths
@@ -25,7 +24,7 @@ def skip_tuning(skip: float | int = 0.5, after: str = "final_norm|head") -> Meth
     """Full tuning of everything behind the first `skip` layers; the gradient stops there (LSkip).
 
     theta_l <- theta_l - update(gradient_l) for l >= omega, nothing below: `Split(trainable [L - omega, ...],
-    frozen [omega, ...])`, whose backward pass multiplies nothing in the first omega layers.
+    frozen [omega, ...])`, without a backward pass in the first omega layers.
 
     Notes:
         The paper caches the features behind the frozen layers once; here they are computed anew each step (forward
@@ -44,6 +43,6 @@ def skip_tuning(skip: float | int = 0.5, after: str = "final_norm|head") -> Meth
             raise JaxftError(f"skip-tuning: skip={skip} leaves none of {total} layers to train")
         terms = [t for t in after.split("|") if t and select_paths(params, t, roles=probe.roles, allow_empty=True)]
         span = f"layers[{omega}:]" if omega else "layers"
-        return stop_below(full("|".join([span, *terms])).init(rng, params, probe), probe)
+        return full("|".join([span, *terms])).init(rng, params, probe)
 
     return Method(init)

@@ -1,15 +1,16 @@
 """SPAFIT: strata of layers, each tuned with more than the one below."""
 
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from jaxft.errors import JaxftError
-from jaxft.methods.base import Method, chain
+from jaxft.methods.base import Method, chain, stop_below
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.methods.reparametrization.lora import lora
 from jaxft.methods.selection.bitfit import bitfit
 from jaxft.methods.selection.layers import layer_counts
-from jaxft.partition import Tuned
+from jaxft.partition import Tuned, has_marks, mark, weights_by_path
 from jaxft.weights import Tree
 
 
@@ -57,6 +58,8 @@ def spafit(
         parts = [bitfit(on=f"layers[{first}:].{bias_on}")]
         if second < total:
             parts.append(lora(rank=rank, on=f"layers[{second}:].{lora_on}"))
-        return chain(*parts).init(rng, params, probe)
+        tuned = chain(*parts).init(rng, params, probe)
+        own = [path for path, w in weights_by_path(mark(tuned)).items() if has_marks(w)]
+        return stop_below(tuned, dict.fromkeys(own, np.arange(total) >= first), probe.roles)
 
     return Method(init)

@@ -44,7 +44,19 @@ from jaxft.methods.selection.s2ft import permute_channels
 from jaxft.methods.selection.sara import nuclear_norm, still_small
 from jaxft.methods.selection.spiel import regrow
 from jaxft.partition import combine, split, weights_by_path
-from jaxft.weights import Damped, Grafted, LowRank, RowSplit, SparseDelta, Split, linear, materialize, rounded
+from jaxft.weights import (
+    Damped,
+    Grafted,
+    LowRank,
+    RowSplit,
+    SparseDelta,
+    Split,
+    first_trained,
+    let_through,
+    linear,
+    materialize,
+    rounded,
+)
 from tests.methods.tiny import LOSS, batches, params
 
 KEY = jax.random.key(3)
@@ -311,8 +323,8 @@ def test_skipping_the_prefix_changes_no_gradient_of_what_trains():
     method = skip_tuning(skip=2)
     tuned = method.init(KEY, params(), Probe())
     cut = nodes(tuned)["layers.attn.q.kernel"]
-    assert cut.propagates.tolist() == [False, False, True, True]
-    plain = full("layers[2:]|final_norm|head").init(KEY, params(), Probe())
+    assert cut.first == 2
+    plain = let_through(tuned)
 
     @jax.jit
     def gradients(tuned):
@@ -321,21 +333,52 @@ def test_skipping_the_prefix_changes_no_gradient_of_what_trains():
     one, other = (jax.tree.leaves(gradients(t)) for t in (tuned, plain))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
+    scans = [
+        e.params
+        for e in jax.make_jaxpr(jax.grad(lambda t: loss(combine(tuned._replace(trainable=t)))))(tuned.trainable).eqns
+        if e.primitive.name == "scan"
+    ]
+    assert sorted((s["length"], s["reverse"]) for s in scans if s["length"] in (2, 4)) == [
+        (2, False), (2, False), (2, True),
+    ], "two layers forward, two forward and backward"  # fmt: skip
     everything = skip_tuning(skip=0).init(KEY, params(), Probe())
     assert count_trainable(everything) == sum(w.size for w in jax.tree.leaves(params())) - 64 * 32
 
 
 def test_a_chain_passes_gradients_to_what_trains_below():
     both = chain(layer_freezing(1, modules="attn"), lora(rank=2, on="layers[:2].mlp")).init(KEY, params(), Probe())
-    assert nodes(both)["layers.attn.q.kernel"].propagates is None
-    with_embedding = layer_freezing(1, extra="embed").init(KEY, params(), Probe())
-    assert nodes(with_embedding)["layers.attn.q.kernel"].propagates is None
-    assert nodes(layer_freezing(1).init(KEY, params(), Probe()))["layers.attn.q.kernel"].propagates.tolist() == [
-        False,
-        False,
-        False,
-        True,
-    ]
+    assert nodes(both)["layers.attn.q.kernel"].first == 0
+    for below in ("embed", "layers[1].mlp.up", "layers.mlp_norm"):
+        assert first_trained(combine(layer_freezing(1, extra=below).init(KEY, params(), Probe()))["layers"]) < 2
+    assert nodes(layer_freezing(1).init(KEY, params(), Probe()))["layers.attn.q.kernel"].first == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "first"),
+    [
+        (full("layers[2:].attn|head"), 2),
+        (lora(rank=2, on="layers[1:].attn|layers[3].mlp"), 1),
+        (lora(rank=2, on="layers[1:].attn|layers.mlp"), 0),
+        (lora(rank=2, on="embed|layers[2:].attn"), 0),
+        (bitfit("layers[3].attn.q"), 3),
+        (spafit(frozen=1, biases=3, rank=2), 1),
+        (chain(lora(rank=2, on="layers[2:].mlp"), full("layers[3].attn")), 0),
+    ],
+)
+def test_the_backward_pass_ends_where_nothing_trains_below(method, first):
+    """And with the gradients that it has where it does not."""
+    tuned = method.init(KEY, params(), Probe())
+    assert first_trained(combine(tuned)["layers"]) == first
+    moved = tuned._replace(trainable=jax.tree.map(lambda a: a + 0.01, tuned.trainable))
+
+    @jax.jit
+    def gradients(tuned):
+        return jax.grad(lambda t: loss(combine(tuned._replace(trainable=t))))(tuned.trainable)
+
+    one, other = (jax.tree.leaves(gradients(t)) for t in (moved, let_through(moved)))
+    assert all(float(jnp.abs(a).max()) > 0 for a in one)
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
 
 
 def test_spafit_counts_by_stratum():
