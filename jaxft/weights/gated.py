@@ -1,6 +1,7 @@
 """`Gated` and `Damped`: weights whose gradient is switched, or scaled, by data."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxft.weights.core import (
     Node,
     Weight,
     by_materializing_linear,
+    linear,
     linear_rule,
     materialize,
     materialize_rule,
@@ -160,7 +162,32 @@ def _(w: Damped) -> Array:
     return fixed + w.rate.astype(base.dtype) * (base - fixed)  # the value bit for bit: the difference is zero
 
 
-linear_rule.register(Damped, by_materializing_linear)
+@jax.custom_vjp
+def _damped_linear(x: Array, base: Weight, rate: Array) -> Array:
+    return linear(x, base)
+
+
+def _damped_forward(x: Array, base: Weight, rate: Array) -> tuple[Array, tuple[Any, Array]]:
+    y, gradients = jax.vjp(linear, x, base)
+    return y, (gradients, rate)
+
+
+def _damped_backward(residuals: tuple[Any, Array], g: Array) -> tuple[Any, ...]:
+    gradients, rate = residuals
+    return gradients(g)[0], gradients(g * rate.astype(g.dtype))[1], None
+
+
+_damped_linear.defvjp(_damped_forward, _damped_backward)
+
+
+@linear_rule.register
+def _(w: Damped, x: Array) -> Array:
+    if w.rate.ndim > 1 and w.rate.shape[-2] > 1:
+        return by_materializing_linear(w, x)
+    # A rate for each column of `x.T @ g` may as well multiply those of `g`: the base keeps its own way to train.
+    return _damped_linear(x, w.base, w.rate[0] if w.rate.ndim > 1 else w.rate)
+
+
 ragged_linear_rule.register(Damped, by_materializing_ragged)
 
 
