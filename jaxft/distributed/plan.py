@@ -33,7 +33,7 @@ from jaxft.training.compilation import compiler_options
 from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.state import shardings_of, tuned_of
 from jaxft.training.step import make_train_step
-from jaxft.weights import LowRank, SiteModule, Split, is_node
+from jaxft.weights import LowRank, SiteModule, SparseDelta, Split, first_trained, is_node, prompt_embeddings
 from jaxft.weights.memory import HOST_MEMORY
 
 Tree = Any
@@ -364,11 +364,13 @@ def read_plan(
 
 
 def trained_share(params: Tree) -> float:
-    """Of the entries of all `Split` weights, the part that trains: how often a conditional weight gradient runs."""
-    splits = [w for w in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Split)) if isinstance(w, Split)]
+    """Of the entries of all matrices that are a `Split`, where there is a backward pass, the part that trains: how
+    often a conditional weight gradient runs."""
+    found = [w for w in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Split)) if isinstance(w, Split)]
+    splits = [w for w in found if len(w.trainable.shape) > 2]
     trained = sum(math.prod(w.trainable.shape) for w in splits)
-    frozen = sum(math.prod(a.shape) for w in splits for a in jax.tree.leaves(w.frozen))
-    return trained / (trained + frozen) if splits else 1.0
+    passed = sum(math.prod(w.trainable.shape[1:]) * (w.num_layers - w.first) for w in splits)
+    return trained / passed if splits else 1.0
 
 
 def visible_pairs(seq_len: int, window: int | None = None) -> int:
@@ -393,8 +395,17 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     attention does). `remat="block"` and `"offload"` repeat the forward pass of the layers but for the last projection,
     whose result no gradient needs (that of a mixture's experts is needed for the gradient of their gates); the other
     policies but `none` repeat attention only.
+
+    Layers below the lowest that trains (`first_trained`) have a forward pass and nothing else; the lowest counts
+    whole. Virtual tokens of a prompt count in the layers. Gates count as open, the most that a step may have to
+    compute. Rows, columns and blocks that train count as they are, scattered entries as one tile of 128 x 128 each, up
+    to the whole matrix: a matrix unit computes no less.
     """
     params, tokens = combine(tuned), rows * seq_len
+    prompt = jax.eval_shape(prompt_embeddings, params)
+    length = seq_len + (0 if prompt is None else prompt.shape[0])  # of a row in the layers
+    first = first_trained(params["layers"])
+    behind = 1 - first / config.num_layers  # the part of the layers that has a backward pass
     in_layers = last = outside = 0.0
     for path, w in weights_by_path(params).items():
         entries = _entries(path, w) * _active_share(config, path)
@@ -408,19 +419,18 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
         else:
             outside += entries
     trained = sum(
-        math.prod(a.shape) * _active_share(config, path)
-        for path, a in _trained_matrices(tuned).items()
+        entries * _active_share(config, path)
+        for path, entries in _trained_entries(tuned).items()
         if not (path.startswith("embed.") and "head" in params)
     )
     sites = params.get("layers", {}).get("sites", {})
     if config.post_norms or any(name in sites for name in ("mlp.down", "mlp", "block")):  # it is read again backward
         last = 0
-    pairs = rows * sum(visible_pairs(seq_len, window) for window in _windows(config))
-    attention = 4 * config.num_heads * config.head_dim * pairs
-    total = 4 * tokens * (in_layers + outside) + 2 * tokens * trained + 3.5 * attention
-    if remat in RECOMPUTED:
-        total += 2 * tokens * (in_layers - last)
-    return total + (attention if remat != "none" else 0)
+    pairs = [rows * visible_pairs(length, window) for window in _windows(config)]
+    attention, attention_behind = (4 * config.num_heads * config.head_dim * sum(p) for p in (pairs, pairs[first:]))
+    passes = in_layers * (1 + behind) + (behind * (in_layers - last) if remat in RECOMPUTED else 0)
+    total = 2 * rows * length * passes + 2 * tokens * (2 * outside + trained) + attention + 2.5 * attention_behind
+    return total + (attention_behind if remat != "none" else 0)
 
 
 def _active_share(config: Any, path: str) -> float:
@@ -456,16 +466,26 @@ def _entries(path: str, w: Any) -> int:
     return math.prod(w.shape) if _is_matrix(path, w.shape) else 0
 
 
-def _trained_matrices(tuned: Any) -> dict[str, Any]:
-    """The trained arrays that are entries of matrices, by path."""
+_TILE = 128 * 128
+
+
+def _trained_entries(tuned: Any) -> dict[str, int]:
+    """How many entries of matrices have a gradient computed, by the path of the trained array."""
     whole = {path: w for path, w in weights_by_path(combine(tuned)).items()}
     found = {}
     for keys, a in jax.tree_util.tree_leaves_with_path(tuned.trainable):
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
         owner = next((p for p in whole if path == p or path.startswith(p + ".")), None)
         if owner is not None and _entries(owner, whole[owner]):
-            found[path] = a
+            size = math.prod(a.shape)
+            found[path] = min(size * _TILE, held) if (held := _scattered(owner, whole[owner])) else size
     return found
+
+
+def _scattered(path: str, w: Any) -> int:
+    """The entries of the matrices in which single ones train; 0 where a weight has no such."""
+    inside = [x for x in jax.tree.leaves(w, is_leaf=lambda x: isinstance(x, SparseDelta)) if isinstance(x, SparseDelta)]
+    return sum(_entries(path, x.base) for x in inside)
 
 
 def kernel_flops(config: Any, rows: int, seq_len: int, mesh: Mesh) -> hlo.Kernels:

@@ -59,6 +59,7 @@ _SLICES = {
     ),
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }  # fmt: skip
+MOST_CHIPS = 2**16  # the compiler describes each of them, in memory that a mistyped number of slices would exhaust
 _CORES_PER_CHIP = {"v4": 2, "v5p": 2}  # by which Google counts the size in a name such as v5p-128
 
 
@@ -126,7 +127,14 @@ def parse_topology(name: str) -> Topology:
         )
     if slices < 1:
         raise TopologyError(f'topology "{name}" has no slices: expected at least 1')
-    return Topology(generation, dimensions, slices)
+    topology = Topology(generation, dimensions, slices)
+    if topology.num_chips > MOST_CHIPS:
+        most = MOST_CHIPS // math.prod(dimensions)
+        raise TopologyError(
+            f'topology "{name}" has {topology.num_chips:,} chips: expected at most {MOST_CHIPS:,}'
+            + (f", such as {dataclasses.replace(topology, slices=most)}" if most else "")
+        )
+    return topology
 
 
 COMPILER_VARIABLES = ("JAXFT_LIBTPU", "TPU_LIBRARY_PATH")
