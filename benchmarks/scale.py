@@ -1,4 +1,4 @@
-"""The table of docs/scale.md: what jobs need on TPU topologies, read from train steps compiled ahead of time.
+"""The tables of docs/scale.md: what jobs need on TPU topologies, read from train steps compiled ahead of time.
 
     python benchmarks/scale.py                  # compile the rows that have no result yet, write docs/scale.md
     python benchmarks/scale.py --only 70b       # only rows whose name contains it
@@ -58,6 +58,24 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     ),
 }  # fmt: skip
 
+# One job on more and more chips, each with a row of 2048 tokens.
+LADDER: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
+    f"8b {method}, {slices * chips:,} chips": (
+        f"llama3.1-8b-{method}",
+        f"{f'{slices}*' if slices > 1 else ''}v5e:{slice_}",
+        (f"mesh.data={slices}", f"mesh.dcn={slices}", f"data.batch_size={slices * chips}"),
+        None,
+    )
+    for method in ("full", "hft")
+    for slices, slice_, chips in (
+        (1, "4x4", 16),
+        (1, "8x8", 64),
+        (1, "16x16", 256),
+        (4, "16x16", 256),
+        (16, "16x16", 256),
+    )
+}
+
 
 def compile_row(config: str, topology: str, overrides: tuple[str, ...]) -> dict:
     """`jaxft plan --json` of one row, in a process of its own: what it allocated is free afterwards."""
@@ -76,7 +94,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page from the results there are")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, (config, topology, overrides, _) in ROWS.items():
+    for name, (config, topology, overrides, _) in (ROWS | LADDER).items():
         if options.page or options.only not in name or (name in results and not options.again):
             continue
         print(f"{name}: {config} on {topology} ...", flush=True)
@@ -142,11 +160,38 @@ def page(results: dict, beside: dict) -> str:
             )
             + f"{row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f}) |"
         )
-    missing = [name for name in ROWS if name not in results]
+    missing = [name for name in ROWS | LADDER if name not in results]
     notes = [f"\nCompiled with {', '.join(sorted({r['versions'] for r in results.values()}))}."] if results else []
     if missing:
         notes.append(f"\nNot compiled yet: {', '.join(missing)}.")
-    return HEAD + "\n".join(lines) + "\n" + "\n".join(notes) + "\n" + peers.section(beside)
+    return HEAD + "\n".join(lines) + "\n" + "\n".join(notes) + "\n" + ladder(results) + peers.section(beside)
+
+
+LADDER_HEAD = """
+## From 16 to 4,096 chips
+
+One job, a row of 2,048 tokens a chip, on more and more chips: what a chip holds and sends should not grow.
+
+| job | chips | HBM | state | temporary | sent | hidden | network | best |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def ladder(results: dict) -> str:
+    """The section of the jobs of `LADDER` that have a result."""
+    lines = []
+    for name, (_, topology, _, _) in LADDER.items():
+        if (row := results.get(name)) is None or row["roofline"] is None:
+            continue
+        memory, best = row["memory_gib"], row["roofline"]
+        state = memory["trained"] + memory["frozen"] + memory["optimizer"]
+        lines.append(
+            f"| {name} | {topology} | **{row['hbm_gib_per_chip']:.2f}** | {state:.2f} | "
+            f"{memory['temporaries'] + memory['results']:.2f} | {sum(row['collective_bytes'].values()) / 2**30:.1f} | "
+            f"{row['collective_share_overlapped']:.0%} | {best['network_seconds'] * 1e3:,.0f} ms | "
+            f"{best['step_seconds'] * 1e3:,.0f} ms, {best['mfu']:.0%} |"
+        )
+    return LADDER_HEAD + "\n".join(lines) + "\n" if lines else ""
 
 
 if __name__ == "__main__":
