@@ -1,6 +1,7 @@
 """A language model: tokens to hidden states to scores. A batch flows `embed -> layers -> final_norm -> logits`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from jaxft.weights import (
     RowSplit,
     Tree,
     embed,
+    embed_rule,
     linear,
     materialize,
     parted,
@@ -93,7 +95,11 @@ class LanguageModel:
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] if segment_ids is None else positions_in_segments(segment_ids)
             positions = positions if cache is None else positions + cache["length"] - cache["prompt"]
-        x = self._scaled(embed(tokens, params["embed"]["embedding"]).astype(dtype))
+        table = params["embed"]["embedding"]
+        if type(table) not in embed_rule.registry:
+            # Its gradient is added up where each slice of the table is; of a tied one XLA would sum all of it everywhere.
+            table = constrain(materialize(table), "words", "embed")
+        x = self._scaled(embed(tokens, table).astype(dtype))
         # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.
         x = constrain(x, "replicas", "sequence", "embed")
         x = constrain(site(params, "embed", x), "batch", "sequence", None)
@@ -149,7 +155,7 @@ class LanguageModel:
         layout = ("replicas", *middle, "sequence") if hidden.ndim > 2 else ("replicas",) * (hidden.ndim - 1)
         divided = mesh_axes("vocab", self.config.vocab_size) is not None
         if divided:
-            hidden = constrain(hidden, *layout, None)
+            hidden = _to_head(hidden, layout)
         params = self.head(params)
         head = params.get("head", {})
         with scattered_in(None):  # over `fsdp` lie the columns of a head, not its rows
@@ -193,6 +199,19 @@ class LanguageModel:
             _, filled, _ = run_layers(config, params["layers"], x, jnp.arange(held)[None], segment_ids, cache=cache)
             return filled
         return cache
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _to_head(hidden: Float[Array, "... dim"], layout: tuple[str | None, ...]) -> Float[Array, "... dim"]:
+    """`hidden` in `layout`. Its gradient goes back divided as the batch is: it is scattered, not summed everywhere."""
+    return constrain(hidden, *layout, None)
+
+
+def _to_head_backward(layout: tuple[str | None, ...], _: None, g: Array) -> tuple[Array]:
+    return (constrain(g, "batch", *layout[1:], None),)
+
+
+_to_head.defvjp(lambda hidden, layout: (_to_head(hidden, layout), None), _to_head_backward)
 
 
 def _prepend(prompt: Array, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Array, Array]:

@@ -20,6 +20,7 @@ MESH_AXES = {
     "replicas": ("data", "expert"),  # the batch, where `fsdp` divides the width instead
     "embed": ("fsdp",),
     "vocab": ("tensor", "fsdp"),
+    "words": ("tensor",),  # of the table of embeddings, as it is stored
     "tokens": ("expert",),  # of a shard, where a mixture routes them
 }
 

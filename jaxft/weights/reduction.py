@@ -2,9 +2,9 @@
 
 A chip that holds some rows of a weight `[d_in, d_out]` wants all of them for a product, and of the sum over all chips
 of `x.T @ g` it wants its rows. On groups that span several axes of a torus XLA's TPU compiler (libtpu 0.0.42) makes the
-sum an all-reduce of the whole matrix, of which each chip throws most away; on three axes (v4, v5p) the gather becomes
-an all-reduce of pieces padded with zeros. Either sends twice the bytes. Along one axis of the torus after the other,
-both stay what they are. Up to 32 chips XLA gathers and sums while it multiplies (collective matrix products), which is
+sum an all-reduce of the whole matrix, of which each chip throws most away; on three axes (v4, v5p), and for small
+matrices on many chips, the gather becomes an all-reduce of pieces padded with zeros. Either sends twice the bytes. Along
+one axis of the torus after the other, both stay what they are. Up to 32 chips XLA gathers and sums while it multiplies (collective matrix products), which is
 better still and left to it; not so where other chips (of another slice) have a copy, which is summed too, nor for the
 matrices of experts, which kernels multiply (`jaxft.weights.ragged`).
 """
@@ -32,9 +32,9 @@ _STAGES: ContextVar[Stages | None] = ContextVar("stages", default=())
 @contextlib.contextmanager
 def scattered_in(stages: Stages | None) -> Iterator[None]:
     """What is differentiated inside sums gradients of weights in `stages`: how many chips of the axis `fsdp` of the
-    ambient mesh lie along each axis of the torus, the slowest first. With fewer than two axes XLA decides. None says
-    that over `fsdp` lie the columns of the weights inside, not their rows."""
-    token = _STAGES.set(stages if stages is None or len(stages) > 1 else ())
+    ambient mesh lie along each axis of the torus, the slowest first. Without any XLA decides. None says that over
+    `fsdp` lie the columns of the weights inside, not their rows."""
+    token = _STAGES.set(stages)
     try:
         yield
     finally:
@@ -73,8 +73,8 @@ def stages_for(x: Float[Array, "... d_in"]) -> Stages:
 
 
 def gathered(w: Float[Array, "*groups d_in d_out"], stages: Stages) -> Float[Array, "*groups d_in d_out"]:
-    """All rows of `w`, which are divided over `fsdp`: in `stages` where there are three of them."""
-    if len(stages) < 3:
+    """All rows of `w`, which are divided over `fsdp`: in `stages` where there are three of them, or many chips."""
+    if len(stages) < 3 and math.prod(stages) < FEWEST:
         return w
     rows = w.ndim - 2
 
