@@ -23,12 +23,16 @@ MIN_POSITIONS = 1024  # of a sequence on one device, down to which sequences are
 
 class Needs(NamedTuple):
     """What a run asks of a mesh: bytes of parameters and optimizer state together, rows of a micro-batch, their length,
-    and the key/value heads that tensor parallelism would divide."""
+    and the key/value heads that tensor parallelism would divide; of a mixture also its experts, the entries of the
+    matrices of one of them, and the width of a token."""
 
     state_bytes: int
     rows: int
     seq_len: int
     kv_heads: int
+    experts: int = 0
+    expert_entries: int = 0
+    width: int = 0
 
 
 def choose(
@@ -39,7 +43,8 @@ def choose(
     Rows go over as many devices as they divide into, whole slices first: that needs no communication within a layer.
     What is left cuts sequences while `MIN_POSITIONS` stay on a device, then matrices by key/value heads. Parameters
     are divided (FSDP) over the devices of a slice that share a batch, unless all of them take at most
-    `REPLICATED_SHARE` of the `memory` (bytes) of one device. Where memory is unknown they are divided.
+    `REPLICATED_SHARE` of the `memory` (bytes) of one device. Where memory is unknown they are divided. Of these devices,
+    as many hold different experts of a mixture as makes a layer send least.
 
     Raises:
         MeshError: rows, positions and heads together do not divide over the devices.
@@ -69,19 +74,45 @@ def choose(
         )
     held = needs.state_bytes / tensor
     gib = f"parameters and moments take {held / 2**30:.2f} GiB"
+    expert, why = 1, ()
     if shards == 1:
         fsdp = 1
     elif memory is not None and held <= REPLICATED_SHARE * memory:
         fsdp = 1
         reasons.append(f"fsdp 1: {gib}, at most a quarter of a device, so nothing is gathered")
     else:
-        fsdp = shards
+        expert, why = _expert_axis(needs, shards, needs.rows * needs.seq_len // (slices * shards * sequence))
+        fsdp = shards // expert
         reasons.append(f"fsdp {fsdp}: {gib}" + ("" if memory is None else f", more than a quarter of {_gib(memory)}"))
+    reasons.extend(why)
+    data = slices * shards // (fsdp * expert)
     if slices > 1:
-        reasons.append(f"data {slices * shards // fsdp}: only gradients travel between the {slices} slices")
+        reasons.append(f"data {data}: only gradients travel between the {slices} slices")
     return (
-        MeshConfig(data=slices * shards // fsdp, fsdp=fsdp, sequence=sequence, tensor=tensor, dcn=slices),
+        MeshConfig(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor, expert=expert, dcn=slices),
         tuple(reasons),
+    )
+
+
+def _expert_axis(needs: Needs, devices: int, tokens: int) -> tuple[int, tuple[str, ...]]:
+    """Over how many of the devices that divide the parameters experts are divided, and why.
+
+    A step gathers the matrices of a device's experts three times (forward, recomputed, backward) and sums their gradient
+    once; of the tokens of a group it gathers inputs twice and gradients once, and sums results once and gradients once.
+    """
+    if not needs.experts:
+        return 1, ()
+
+    def sent(expert: int) -> float:
+        matrices = needs.experts * needs.expert_entries * (1 / expert - 1 / devices)
+        return 4 * matrices + 5 * (expert - 1) * tokens * needs.width
+
+    found = min((e for e in range(1, devices + 1) if devices % e == 0 and needs.experts % e == 0), key=sent)
+    if found == 1:
+        return 1, ()
+    return found, (
+        f"expert {found}: {tokens} tokens a device go to {needs.experts // found} experts on each, which sends "
+        f"{sent(found) / sent(1):.0%} of what gathering the matrices of all {needs.experts} would",
     )
 
 
@@ -111,6 +142,9 @@ def resolve_mesh(
         rows=config.data.batch_size // config.training.accumulation,
         seq_len=config.data.seq_len,
         kv_heads=model.config.num_kv_heads,
+        experts=model.config.num_experts,
+        expert_entries=3 * model.config.hidden_size * model.config.moe_intermediate_size,
+        width=model.config.hidden_size,
     )
     found, reasons = choose(needs, devices, slices, memory)
     return found.model_copy(update={"process_timeout": config.mesh.process_timeout}), reasons

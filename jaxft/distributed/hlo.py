@@ -267,7 +267,8 @@ class Costs:
 
     flops: of matrix products and known kernels; conditionals at the share given. least_flops, most_flops: if every
     conditional takes its cheaper, its dearer branch. kernels: calls of custom kernels by name. unread: computations
-    with collectives that are run in a way not known here; they are not in `collectives`.
+    with collectives that are run in a way not known here; they are not in `collectives`. open_loops: loops that run as
+    often as the data ask, by name; nothing in them is counted.
     """
 
     flops: float
@@ -276,6 +277,7 @@ class Costs:
     collectives: list[Collective]
     kernels: dict[str, float]
     unread: tuple[str, ...]
+    open_loops: tuple[str, ...] = ()
 
     def bytes_by_kind(self) -> dict[str, float]:
         """Bytes one device sends in a run, by kind of collective."""
@@ -317,7 +319,7 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
     def parts(op: Instruction, scope: dict[str, Instruction], share: float) -> Iterator[tuple[str, float]]:
         """The computations an instruction runs, and how often."""
         if op.opcode == "while":
-            yield op.called["body"][0], trip_count(module, op, scope)
+            yield op.called["body"][0], runs_of(op, scope)
         elif op.opcode == "conditional":
             branches = branches_of(op)
             dearest = max(branches, key=lambda n: flops(n, 1.0))
@@ -326,6 +328,13 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
         elif op.opcode in ("fusion", "call", *BESIDE):
             yield from ((n, 1) for n in op.called.get("calls", ()) + op.called.get("to_apply", ()))
 
+    def runs_of(loop: Instruction, scope: dict[str, Instruction]) -> int:
+        try:
+            return trip_count(module, loop, scope)
+        except ValueError:
+            open_loops[loop.name] = None
+            return 0
+
     def branches_of(op: Instruction) -> list[str]:
         names = op.called.get("branch_computations")
         return list(names or op.called["true_computation"] + op.called["false_computation"])
@@ -333,6 +342,7 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
     found: list[Collective] = []
     calls: dict[str, float] = defaultdict(float)
     read = set[str]()
+    open_loops: dict[str, None] = {}
 
     def visit(name: str, times: float, conditional: bool, beside: bool | None) -> None:
         """`beside`: of a computation that runs beside others, whether matrix products are among them."""
@@ -376,7 +386,7 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
         if name not in read and any(i.opcode.removesuffix("-start") in COLLECTIVES for i in instructions)
     )
     total, least, most = (flops(module.entry, share) for share in (taken, 0.0, 1.0))
-    return Costs(total, least, most, found, dict(calls), unread)
+    return Costs(total, least, most, found, dict(calls), unread, tuple(open_loops))
 
 
 def _collective(

@@ -1,8 +1,9 @@
 """A mixture of experts in the place of the MLP: every token goes to its k best experts, and no token is dropped.
 
 Tokens are sorted by expert and each expert multiplies its own run of rows (`jaxft.weights.ragged_linear`). On a mesh
-every device sorts the tokens that it holds. The `expert` axis divides the experts where they are stored, and the rows
-of a batch: a matrix of all experts is gathered for its product, as `fsdp` gathers any other.
+every device sorts the tokens that it holds. The `expert` axis divides the experts, and the rows of a batch: tokens go to
+the devices of their experts (`jaxft.models.expert_parallel`), whose matrices only `fsdp` gathers. Where experts or tokens
+do not divide over it, every device gathers the matrices of all experts for its own tokens.
 """
 
 import functools
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.models.config import DecoderConfig
+from jaxft.models.expert_parallel import across_experts, expert_axes
 from jaxft.models.sharding import token_shards
-from jaxft.weights import Tree, group_of_row, linear, ragged_linear, site, value
+from jaxft.weights import Axes, Tree, group_of_row, linear, ragged_linear, site, value
 
 GATES = "mlp.router"  # the site at which gates `[batch, seq, experts]` pass: zero where a token does not go
 
@@ -73,21 +75,40 @@ def mixture(
         jnp.einsum("bske,bs->e", is_chosen, real), jnp.einsum("bse,bs->e", probabilities, real), jnp.sum(real)
     )
 
-    spread, gather, axes = token_shards(*x.shape[:2])
+    spread, gather, shard_axes = token_shards(*x.shape[:2])
     rows, chosen, gates = spread(x), spread(chosen), spread(gates)
     shards, tokens, _ = rows.shape
     chosen = chosen.reshape(shards, tokens * k)
     order = jnp.argsort(chosen, axis=-1, stable=True)
     sizes = jnp.sum(chosen[..., None] == jnp.arange(experts), axis=1, dtype=jnp.int32)
-
-    project = functools.partial(_project, layer, sizes=sizes, axes=axes)
-    rows = _dispatch(rows, order, k)
-    rows = project("down", activation(project("gate", rows)) * project("up", rows))
     gates = jnp.take_along_axis(gates.reshape(shards, tokens * k), order, axis=-1)
+
+    axes = Axes(shard_axes, expert_axes(shard_axes, experts))
+    compute = functools.partial(_experts, activation, axes)
+    if axes.groups:
+        weights = {"mlp": {"experts": layer["mlp"]["experts"]}, "sites": _sites_of_experts(layer)}
+        return gather(across_experts(compute, weights, rows, order, sizes, gates, axes)), routing
+    rows = compute(layer, _dispatch(rows, order, k), sizes)
     return gather(_collect(rows * gates[..., None].astype(rows.dtype), order, k)), routing
 
 
-def _project(layer: Tree, name: str, x: Array, *, sizes: Array, axes: tuple[str, ...]) -> Array:
+def _experts(
+    activation: Callable[[Array], Array],
+    axes: Axes,
+    layer: Tree,
+    rows: Float[Array, "shards rows dim"],
+    sizes: Int[Array, "shards experts"],
+) -> Float[Array, "shards rows dim"]:
+    """What the experts make of rows that are sorted by them."""
+    project = functools.partial(_project, layer, sizes=sizes, axes=axes)
+    return project("down", activation(project("gate", rows)) * project("up", rows))
+
+
+def _sites_of_experts(layer: Tree) -> Tree:
+    return {name: module for name, module in layer.get("sites", {}).items() if name.startswith("mlp.experts.")}
+
+
+def _project(layer: Tree, name: str, x: Array, *, sizes: Array, axes: Axes) -> Array:
     weights = layer["mlp"]["experts"][name]
     y = ragged_linear(x, weights["kernel"], sizes, axes)
     if "bias" in weights:

@@ -34,6 +34,7 @@ from jaxft.weights.grafted import Grafted, graft_share, rounded
 from jaxft.weights.low_rank import LowRank
 from jaxft.weights.packed import Packed, pack, repack
 from jaxft.weights.ragged import (
+    Axes,
     by_materializing_ragged,
     group_of_row,
     ragged_input_gradient,
@@ -41,6 +42,7 @@ from jaxft.weights.ragged import (
     ragged_linear_rule,
     ragged_matmul,
     ragged_outer,
+    sum_rows,
 )
 from jaxft.weights.rows import RowSplit, gather_rows, parted, unembed_parted
 from jaxft.weights.sites import (
@@ -65,6 +67,7 @@ __all__ = [
     "ACTIVATIONS",
     "PROMPT",
     "Anchored",
+    "Axes",
     "BlockSplit",
     "Bottleneck",
     "Damped",
@@ -128,6 +131,7 @@ __all__ = [
     "specs_rule",
     "split_layers",
     "static",
+    "sum_rows",
     "trained_from",
     "unembed",
     "unembed_parted",

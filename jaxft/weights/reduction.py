@@ -72,19 +72,25 @@ def stages_for(x: Float[Array, "... d_in"]) -> Stages:
     return stages if x.shape[0] % rows == 0 and x.shape[1] % size["sequence"] == 0 else ()
 
 
-def gathered(w: Float[Array, "*groups d_in d_out"], stages: Stages) -> Float[Array, "*groups d_in d_out"]:
-    """All rows of `w`, which are divided over `fsdp`: in `stages` where there are three of them, or many chips."""
+def gathered(
+    w: Float[Array, "*groups d_in d_out"], stages: Stages, groups: tuple[str, ...] = ()
+) -> Float[Array, "*groups d_in d_out"]:
+    """All rows of `w`, which are divided over `fsdp`: in `stages` where there are three of them, or many chips.
+
+    The first dimension stays divided over the mesh axes `groups`.
+    """
     if len(stages) < 3 and math.prod(stages) < FEWEST:
         return w
     rows = w.ndim - 2
 
     def local(part: Array) -> Array:
-        for groups in reversed(list(_groups(stages))):
-            part = lax.all_gather(part, "fsdp", axis_index_groups=groups, axis=rows, tiled=True)
+        for chips in reversed(list(_groups(stages))):
+            part = lax.all_gather(part, "fsdp", axis_index_groups=chips, axis=rows, tiled=True)
         return part
 
-    spec = PartitionSpec(*[None] * rows, "fsdp")
-    return jax.shard_map(local, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)(w)
+    leading = (groups or None, *[None] * (rows - 1)) if rows else ()
+    spec, whole = PartitionSpec(*leading, "fsdp"), PartitionSpec(*leading)
+    return jax.shard_map(local, in_specs=spec, out_specs=whole, check_vma=False)(w)
 
 
 def scattered(part: Float[Array, "*groups d_in d_out"], stages: Stages) -> Float[Array, "*groups rows d_out"]:

@@ -160,6 +160,7 @@ def _ragged_row_backward(axis: int, axes: Axes, residuals: tuple[Array, ...], g:
         g = _channels(g, index, sizes)
     if axis == -3:
         kept, g, sizes = _of_experts(kept, g, sizes, index)
+        axes = axes._replace(groups=())  # those that train lie where they like: each device sums what it has of them
     return dx, None, ragged_outer(kept, g, sizes, axes).astype(rows.dtype), None, None
 
 

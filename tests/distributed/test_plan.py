@@ -28,6 +28,7 @@ from jaxft.distributed.automatic import Needs, choose, resolve_mesh
 from jaxft.distributed.plan import (
     attention_kernels,
     compile_step,
+    expert_rows,
     grouped_kernels,
     model_flops,
     needed_bytes,
@@ -301,6 +302,7 @@ def test_presets_are_shapes_without_weights():
 
 GIB = 2**30
 SMALL, LARGE = Needs(2 * GIB, 32, 4096, 8), Needs(100 * GIB, 32, 4096, 8)
+MANY_EXPERTS = LARGE._replace(rows=64, seq_len=2048, experts=128, expert_entries=3 * 2048 * 768, width=2048)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +314,10 @@ SMALL, LARGE = Needs(2 * GIB, 32, 4096, 8), Needs(100 * GIB, 32, 4096, 8)
         (LARGE, 256, 1, {"fsdp": 32, "sequence": 4, "tensor": 2}, "tensor 2"),
         (LARGE, 32, 2, {"data": 2, "fsdp": 16, "dcn": 2}, "only gradients travel between the 2 slices"),
         (SMALL._replace(rows=24), 16, 1, {"data": 8, "sequence": 2}, "rows over 8 devices"),
+        (MANY_EXPERTS, 64, 1, {"fsdp": 8, "expert": 8}, "expert 8: 2048 tokens a device go to 16 experts on each"),
+        (MANY_EXPERTS._replace(rows=256), 64, 1, {"fsdp": 16, "expert": 4}, "34% of what gathering the matrices of all 128"),
+        (MANY_EXPERTS._replace(experts=6), 64, 1, {"fsdp": 64}, "fsdp 64"),
+        (MANY_EXPERTS._replace(state_bytes=GIB), 64, 1, {"data": 64}, "fsdp 1"),
     ],
 )
 def test_mesh_auto_chooses_axes_and_says_why(needs, devices, slices, sizes, reason):
@@ -437,6 +443,32 @@ def test_products_of_experts_are_counted_and_their_gradients_scattered(directory
     assert (experts, DIM // 4, width) in scattered and (experts, width // 4, DIM) in scattered
     summed = [dims for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result]
     assert not any(experts in dims and width in dims for dims in summed)
+
+
+@needs_compiler
+def test_tokens_travel_to_experts(directory, tmp_path, quick_compiler):
+    """No chip is sent a matrix of another's experts; rounds that a balanced batch does not need are not counted."""
+    experts, chosen, width, rows = 8, 2, 384, 8
+    changes = {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": chosen}
+    described = json.loads((directory / "config.json").read_text()) | changes | {"intermediate_size": width}
+    (tmp_path / "config.json").write_text(json.dumps(described | {"architectures": ["MixtralForCausalLM"]}))
+    sizes = ("mesh.expert=4", "mesh.fsdp=2", "mesh.data=1", f"data.batch_size={rows}")
+    wanted = config(tmp_path, "{name: full}", "model.attention=xla", *sizes)
+    model = load_model(tmp_path)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x4")))
+    module = hlo.parse(compile_step(wanted, model, mesh).step.as_text())
+    balanced = expert_rows(wanted, model.config, mesh)
+    assert balanced == rows * SEQ * chosen / 8
+    found = hlo.costs(module, kernels=lambda op, operands: grouped_kernels(op, operands, balanced))
+    assert found.open_loops
+    assert found.kernels == {"ragged-dot-none": 9 * LAYERS, "tgmm": (3 + 2) * LAYERS}
+    products, sums = 12 * 2 * balanced * DIM * width, 2 * 2 * balanced * 128 * DIM
+    assert found.flops - hlo.costs(module).flops == LAYERS * (products + sums)
+    gathered = [dims for c in found.collectives if c.kind == "all-gather" for _, dims in c.result if width in dims]
+    assert gathered and not any(experts in dims for dims in gathered)
+    assert any(experts // 4 in dims for dims in gathered)
+    scattered = [dims for c in found.collectives if c.kind == "reduce-scatter" for _, dims in c.result]
+    assert (experts // 4, DIM // 2, width) in scattered
 
 
 @needs_compiler

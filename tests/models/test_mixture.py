@@ -9,7 +9,7 @@ import torch
 from jaxft.distributed import MeshConfig, make_mesh, shard_batch, tree_shardings
 from jaxft.errors import JaxftError
 from jaxft.hub import load_pretrained
-from jaxft.models import DecoderConfig
+from jaxft.models import DecoderConfig, LanguageModel, expert_parallel
 from jaxft.models.config import from_huggingface
 from jaxft.training.loss import language_model_loss
 from tests.tiny_models import CONFIGS, checkpoint, torch_model
@@ -118,17 +118,57 @@ def test_a_cache_changes_nothing():
 MESHES = [{"data": 2, "expert": 2, "tensor": 2}, {"data": 1, "fsdp": 2, "expert": 4}, {"sequence": 2, "expert": 2}]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
-def test_loss_and_gradient_on_a_mesh_are_those_of_one_device(sizes):
-    config = DecoderConfig(
+EIGHT = LanguageModel(
+    DecoderConfig(
         "qwen3_moe", 96, 32, 48, 2, 4, 2, 8, qk_norm=True, num_experts=8, num_experts_per_token=3,
         moe_intermediate_size=16, initializer_range=0.2,
-    )  # fmt: skip
-    from jaxft.models import LanguageModel
+    )
+)  # fmt: skip
 
-    model = LanguageModel(config)
-    params = jax.jit(model.init)(jax.random.key(0))
-    tokens = np.random.default_rng(1).integers(3, 96, (8, 16)).astype(np.int32)
+
+def unbalanced(params):
+    """Weights whose router sends every token to the first three experts or to the last three."""
+    kernel = params["layers"]["mlp"]["router"]["kernel"]
+    one = jax.random.normal(jax.random.key(3), kernel.shape[:2])[..., None] * jnp.arange(-4.0, 4.0)
+    return {**params, "layers": {**params["layers"], "mlp": {**params["layers"]["mlp"], "router": {"kernel": one}}}}
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
+def test_loss_and_gradient_on_a_mesh_are_those_of_one_device(sizes):
+    same_on_a_mesh(sizes, jax.jit(EIGHT.init)(jax.random.key(0)))
+
+
+def test_what_does_not_fit_into_a_round_goes_in_further_ones(monkeypatch):
+    """Of an unbalanced batch, 48 rows a device on average and up to 128: rounds of 24, as many as the fullest needs."""
+    rounds = []
+    monkeypatch.setattr(expert_parallel, "_room", lambda entries: 24)
+    further = expert_parallel._further
+
+    def counted(step, count, first, given):
+        jax.debug.callback(lambda n: rounds.append(int(n)), count)
+        return further(step, count, first, given)
+
+    monkeypatch.setattr(expert_parallel, "_further", counted)
+    # No other axis: on CPU devices a loop that sends waits for what sends beside it.
+    same_on_a_mesh({"data": 1, "expert": 8}, unbalanced(jax.jit(EIGHT.init)(jax.random.key(0))))
+    assert max(rounds) > 2
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 5)], ids=["tokens-divide", "nothing-divides"])
+def test_rows_that_do_not_divide_change_nothing(shape):
+    params, tokens = jax.jit(EIGHT.init)(jax.random.key(0)), np.resize(TOKENS, shape)
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    places = tree_shardings(params, EIGHT.logical_axes(), mesh)
+    with jax.set_mesh(mesh):
+        run = jax.jit(EIGHT.hidden)
+        sent = str(jax.make_jaxpr(EIGHT.hidden)(params, tokens))
+        found = run(jax.device_put(params, places), tokens)
+    assert ("reduce_scatter" in sent) == (shape == (3, 8))
+    np.testing.assert_allclose(found, jax.jit(EIGHT.hidden)(params, tokens), rtol=1e-4, atol=1e-5)
+
+
+def same_on_a_mesh(sizes, params):
+    model, tokens = EIGHT, np.random.default_rng(1).integers(3, 96, (8, 16)).astype(np.int32)
     batch = {"tokens": tokens, "targets": tokens, "weights": np.ones((8, 16), np.float32)}
     batch["segment_ids"] = np.where(np.arange(16) < 13, 1, 0)[None].repeat(8, 0).astype(np.int32)
     loss = language_model_loss(model, router_aux_loss=0.1)

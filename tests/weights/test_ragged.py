@@ -8,9 +8,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft.distributed import MeshConfig, make_mesh
+from jaxft.distributed import MeshConfig, make_mesh, tree_shardings
 from jaxft.partition import Trains, Tuned, combine, split
 from jaxft.weights import (
+    Axes,
     Node,
     Observed,
     RowSplit,
@@ -22,8 +23,9 @@ from jaxft.weights import (
     ragged_linear,
     scan_layers,
     specs,
+    sum_rows,
 )
-from jaxft.weights.ragged import _outer, _outer_tpu
+from jaxft.weights.ragged import _outer, _outer_tpu, _sum_rows_tpu
 from tests.weights.test_law import CASES, close, equations, packed_up, with_gradients
 
 L, E, D, ROWS = 4, 3, 8, 6
@@ -75,14 +77,14 @@ def cut(name: str) -> Tuned:
     return split({"w": EXPERTS[name]()})
 
 
-def chained(params, x, axes=()):
-    return scan_layers(lambda x, layer, _: (jnp.tanh(ragged_linear(x, layer["w"], SIZES, axes)), None), params, x)[0]
+def chained(params, x, axes=Axes(), sizes=SIZES):
+    return scan_layers(lambda x, layer, _: (jnp.tanh(ragged_linear(x, layer["w"], sizes, axes)), None), params, x)[0]
 
 
-def chained_slow(params, x):
-    dense, group = materialize(params["w"]), group_of_row(SIZES, ROWS)
+def chained_slow(params, x, sizes=SIZES):
+    dense, group = materialize(params["w"]), group_of_row(sizes, ROWS)
     for layer in range(L):
-        x = jnp.tanh(jnp.einsum("sri,srio->sro", x, dense[layer][group]))
+        x = jnp.where((group < E)[..., None], jnp.tanh(jnp.einsum("sri,srio->sro", x, dense[layer][group])), 0)
     return x
 
 
@@ -107,10 +109,48 @@ def test_on_a_mesh_with_experts_divided(name):
     )
     again = Tuned(*({"w": half} for half in halves))
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda t, x: with_gradients(lambda p, x: chained(p, x, ("data",)), t, x))(
+        found = jax.jit(lambda t, x: with_gradients(lambda p, x: chained(p, x, Axes(("data",))), t, x))(
             again, jax.device_put(x, NamedSharding(mesh, P("data")))
         )
     close(found, jax.jit(lambda t, x: with_gradients(chained_slow, t, x))(tuned, x))
+
+
+OWN = jnp.asarray([[4, 0, 0], [0, 6, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 5]])  # of two times three devices
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LowRank", "Split", "Gated", "RowSplit-rows", "RowSplit-experts-padded", "RowSplit-experts-packed", "SparseDelta"]
+    + ["SparseDelta-over-all-experts", "BlockSplit", "Observed"],
+)
+def test_on_a_mesh_where_rows_are_with_their_experts(name):
+    """No device has a matrix of another, or rows for one; where it has fewer rows than there is room the rest is zero."""
+    mesh = make_mesh(MeshConfig(data=2, expert=3), jax.devices()[:6])
+    axes = Axes(("data", "expert"), ("expert",))
+    tuned, group = cut(name), group_of_row(OWN, ROWS)
+    x = jnp.where((group < E)[..., None], normal(31, 6, ROWS, D), 0)
+    places = tree_shardings(combine(tuned), {"w": ("layers", "expert", "embed", "mlp")}, mesh)
+    spread = jax.device_put(combine(tuned), places)
+    again = Tuned(
+        *(
+            jax.tree.map(lambda h, a: None if h is None else a, half, spread, is_leaf=lambda h: h is None)
+            for half in tuned[:2]
+        )
+    )
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda t, x: with_gradients(lambda p, x: chained(p, x, axes, OWN), t, x))
+        found = run(again, jax.device_put(x, NamedSharding(mesh, P(axes.shards))))
+    close(found, jax.jit(lambda t, x: with_gradients(lambda p, x: chained_slow(p, x, OWN), t, x))(tuned, x))
+
+
+def test_sums_of_rows_by_index():
+    index = jnp.asarray([[3, 129, 3, 0, 250, 129, 250], [249, 249, 7, 250, 128, 127, 3]])
+    rows = normal(3, 2, 7, 40)
+    expected = jnp.zeros((2, 250, 40)).at[jnp.arange(2)[:, None], index].add(rows, mode="drop")
+    np.testing.assert_allclose(sum_rows(rows, index, 250), expected, rtol=1e-6, atol=1e-6)
+    with pltpu.force_tpu_interpret_mode():
+        found = _sum_rows_tpu(rows[0], index[0], 250)
+    np.testing.assert_allclose(found, expected[0], rtol=1e-6, atol=1e-6)
 
 
 def test_only_the_chosen_experts_have_a_weight_gradient():

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.distributed.mesh import torus_stages
-from jaxft.weights import SparseDelta, linear, ragged_linear, reduction, split_layers
+from jaxft.weights import Axes, SparseDelta, linear, ragged_linear, reduction, split_layers
 from jaxft.weights.core import scan_layers
 from jaxft.weights.reduction import BATCH_AXES, scattered_in, stages_for
 
@@ -90,13 +90,13 @@ def test_gradients_are_those_of_one_device(name, sizes, stages, few_are_many):
 def test_gradients_of_experts_are_those_of_one_device(sizes, stages):
     """Summed where they will lie: never on all devices, however many groups there are."""
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
-    axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    axes = Axes(tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1))
     groups = 6
     w = jax.random.normal(jax.random.key(0), (groups, DIM, 2 * DIM))
     x = jax.random.normal(jax.random.key(1), (8, 12, DIM))
     counts = jax.nn.one_hot(jax.random.randint(jax.random.key(2), (8, 12), 0, groups), groups, dtype=jnp.int32).sum(1)
 
-    def loss(w, x, axes=()):
+    def loss(w, x, axes=Axes()):
         return jnp.sum(jnp.tanh(ragged_linear(x, w, counts, axes)))
 
     expected = jax.grad(loss, argnums=(0, 1))(w, x)
@@ -107,7 +107,7 @@ def test_gradients_of_experts_are_those_of_one_device(sizes, stages):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), scattered_in(stages):
             return jax.grad(loss, argnums=(0, 1))(w, x, axes)
 
-    placed = jax.device_put(w, place), jax.device_put(x, NamedSharding(mesh, PartitionSpec(axes)))
+    placed = jax.device_put(w, place), jax.device_put(x, NamedSharding(mesh, PartitionSpec(axes.shards)))
     text = str(jax.make_jaxpr(gradients)(*placed))
     assert text.count("reduce_scatter[") == max(len(stages), 1) + ("expert" in sizes)
     assert ("psum" in text) == ("data" in sizes) and ("all_gather" in text) == (len(stages) == 3)
