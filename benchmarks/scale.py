@@ -51,7 +51,7 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     "8b full, 2 slices": ("llama3.1-8b-full", "2*v5e:4x4", ("mesh.data=2", "mesh.dcn=2", "data.batch_size=32"), None),
     "qwen3 0.6b full": ("llama3.1-8b-full", "v5e:2x4", ("model.path=preset:qwen3-0.6b",), None),
     "qwen3 30b-a3b full": (
-        "llama3.1-8b-full", "v5e:8x8", ("model.path=preset:qwen3-30b-a3b", "data.batch_size=64"), None,
+        "llama3.1-8b-full", "v5e:8x8", ("model.path=preset:qwen3-30b-a3b", "data.batch_size=64", "mesh=auto"), None,
     ),
     "70b hft, 16 slices": (
         "llama3.1-70b-hft", "16*v5e:16x16", ("mesh.data=16", "mesh.dcn=16", "data.batch_size=4096"), None,

@@ -43,8 +43,8 @@ def choose(
     Rows go over as many devices as they divide into, whole slices first: that needs no communication within a layer.
     What is left cuts sequences while `MIN_POSITIONS` stay on a device, then matrices by key/value heads. Parameters
     are divided (FSDP) over the devices of a slice that share a batch, unless all of them take at most
-    `REPLICATED_SHARE` of the `memory` (bytes) of one device. Where memory is unknown they are divided. Of these devices,
-    as many hold different experts of a mixture as makes a layer send least.
+    `REPLICATED_SHARE` of the `memory` (bytes) of one device. Where memory is unknown they are divided. Of these
+    devices, as many hold different experts of a mixture as makes a layer send least.
 
     Raises:
         MeshError: rows, positions and heads together do not divide over the devices.
@@ -74,7 +74,7 @@ def choose(
         )
     held = needs.state_bytes / tensor
     gib = f"parameters and moments take {held / 2**30:.2f} GiB"
-    expert, why = 1, ()
+    expert, why = 1, tuple[str, ...]()
     if shards == 1:
         fsdp = 1
     elif memory is not None and held <= REPLICATED_SHARE * memory:
@@ -97,8 +97,9 @@ def choose(
 def _expert_axis(needs: Needs, devices: int, tokens: int) -> tuple[int, tuple[str, ...]]:
     """Over how many of the devices that divide the parameters experts are divided, and why.
 
-    A step gathers the matrices of a device's experts three times (forward, recomputed, backward) and sums their gradient
-    once; of the tokens of a group it gathers inputs twice and gradients once, and sums results once and gradients once.
+    A step gathers the matrices of a device's experts three times (forward, recomputed, backward) and sums their
+    gradient once; of the tokens of a group it gathers inputs twice and gradients once, and sums results once and
+    gradients once.
     """
     if not needs.experts:
         return 1, ()

@@ -505,9 +505,7 @@ def kernel_flops(config: Any, rows: int, seq_len: int, mesh: Mesh) -> hlo.Kernel
     return lambda op, operands: attention(op, operands) + grouped_kernels(op, operands, balanced)
 
 
-def grouped_kernels(
-    op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]], most: float = math.inf
-) -> float:
+def grouped_kernels(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]], most: float = math.inf) -> float:
     """FLOPs of products of sorted rows with a matrix a group: each row is multiplied with one of them.
 
     `ragged-dot` (XLA's own): `[rows, d_in] x [groups, d_in, d_out]`; `tgmm` (Pallas), the gradient of the matrices,

@@ -1,13 +1,13 @@
 """Tokens travel to experts: what a mixture computes where the mesh axis `expert` divides its experts.
 
-The devices of a group along `expert` hold different experts and different tokens. Each is sent the tokens of all of them
-(an all-gather), multiplies the rows that go to its own experts, and what the devices add to each token is summed where
-the token came from (a reduce-scatter). With as many devices in a group as a token has experts that is what an all-to-all
-of one copy for every expert would send, and every shape is known beforehand.
+The devices of a group along `expert` hold different experts and different tokens. Each is sent the tokens of all of
+them (an all-gather), multiplies the rows that go to its own experts, and what the devices add to each token is summed
+where the token came from (a reduce-scatter). With as many devices in a group as a token has experts that is what an
+all-to-all of one copy for every expert would send, and every shape is known beforehand.
 
 How many rows a device gets is not: it depends on the router. Rows go through a buffer that has room for `SPARE` times
-those of a balanced batch, in as many rounds as the fullest device needs, so that no token is dropped, and nothing has the
-size of the worst case. The first round is the program; further ones are a loop, which as a rule does not run.
+those of a balanced batch, in as many rounds as the fullest device needs, so that no token is dropped, and nothing has
+the size of the worst case. The first round is the program; further ones are a loop, which as a rule does not run.
 """
 
 import functools
@@ -47,7 +47,7 @@ class Arrivals(NamedTuple):
 
 
 def expert_axes(shards: tuple[str, ...], experts: int) -> tuple[str, ...]:
-    """The mesh axes over which tokens that lie over `shards` travel to their experts; () where experts do not divide."""
+    """The mesh axes over which tokens that lie over `shards` travel to their experts; () where they do not divide."""
     size = jax.sharding.get_abstract_mesh().shape
     return tuple(axis for axis in shards if axis == "expert" and experts % size[axis] == 0)
 
@@ -187,7 +187,7 @@ Step = Callable[..., Array]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _further(step: Step, rounds: Int[Array, ""], first: Array, given: Tree) -> Array:
-    """`first` and `step(1, *given) + ... + step(rounds - 1, *given)`. What each step needs backward is computed again."""
+    """`first` and `step(1, *given)` to `step(rounds - 1, *given)`. What each step needs backward is computed again."""
     return lax.fori_loop(1, rounds, lambda i, y: y + step(i, *given), first)
 
 

@@ -1,9 +1,9 @@
 """A mixture of experts in the place of the MLP: every token goes to its k best experts, and no token is dropped.
 
 Tokens are sorted by expert and each expert multiplies its own run of rows (`jaxft.weights.ragged_linear`). On a mesh
-every device sorts the tokens that it holds. The `expert` axis divides the experts, and the rows of a batch: tokens go to
-the devices of their experts (`jaxft.models.expert_parallel`), whose matrices only `fsdp` gathers. Where experts or tokens
-do not divide over it, every device gathers the matrices of all experts for its own tokens.
+every device sorts the tokens that it holds. The `expert` axis divides the experts, and the rows of a batch: tokens go
+to the devices of their experts (`jaxft.models.expert_parallel`), whose matrices only `fsdp` gathers. Where experts or
+tokens do not divide over it, every device gathers the matrices of all experts for its own tokens.
 """
 
 import functools

@@ -3,7 +3,8 @@
 A weight of shape `[groups, d_in, d_out]` acts on rows `[shards, rows, d_in]` that are sorted by group:
 `sizes [shards, groups]` says how many rows of each shard belong to each group, in order, and sums up to at most `rows`;
 those beyond the sum are zero, and so is what becomes of them. A shard is what one device holds of the rows: nothing is
-sorted, or gathered, across shards. `axes` names the axes of the ambient mesh over which shards, and perhaps groups, lie.
+sorted, or gathered, across shards. `axes` names the axes of the ambient mesh over which shards, and perhaps groups,
+lie.
 
 The law of nodes reads here: row r of group e becomes `x[r] @ materialize(w)[e]`. A rule is registered beside the node.
 """
@@ -35,6 +36,8 @@ class Axes(NamedTuple):
     groups: tuple[str, ...] = ()
 
 
+UNDIVIDED = Axes()
+
 _BLOCK = 128  # sums that one product of `sum_rows` makes
 _OUTER = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -53,7 +56,7 @@ def ragged_linear_rule(w: Weight, x: Float[Array, "shards rows d_in"], sizes: Ar
 
 
 def ragged_linear(
-    x: Float[Array, "shards rows d_in"], w: Weight, sizes: Int[Array, "shards groups"], axes: Axes = Axes()
+    x: Float[Array, "shards rows d_in"], w: Weight, sizes: Int[Array, "shards groups"], axes: Axes = UNDIVIDED
 ) -> Float[Array, "shards rows d_out"]:
     """Row r of group e times `w[e]`, for a weight of shape `[groups, d_in, d_out]`, in the dtype of `x`."""
     return ragged_linear_rule(w, x, sizes, axes)
@@ -168,9 +171,9 @@ def _outer_tpu(
 
 
 def sum_rows(
-    rows: Float[Array, "shards rows dim"], index: Int[Array, "shards rows"], count: int, axes: Axes = Axes()
+    rows: Float[Array, "shards rows dim"], index: Int[Array, "shards rows"], count: int, axes: Axes = UNDIVIDED
 ) -> Float[Array, "shards count dim"]:
-    """Of each shard the sums of the rows with the same `index`, for indices 0 to `count`; rows at `count` are left out."""
+    """Of each shard the sums of the rows with the same `index`, for indices up to `count`, which itself has no sum."""
 
     def local(rows: Array, index: Array) -> Array:
         tpu, other = (functools.partial(fn, count=count) for fn in (_sum_rows_tpu, _sum_rows))

@@ -25,7 +25,7 @@ from jaxft.weights import (
     specs,
     sum_rows,
 )
-from jaxft.weights.ragged import _outer, _outer_tpu, _sum_rows_tpu
+from jaxft.weights.ragged import UNDIVIDED, _outer, _outer_tpu, _sum_rows_tpu
 from tests.weights.test_law import CASES, close, equations, packed_up, with_gradients
 
 L, E, D, ROWS = 4, 3, 8, 6
@@ -77,7 +77,7 @@ def cut(name: str) -> Tuned:
     return split({"w": EXPERTS[name]()})
 
 
-def chained(params, x, axes=Axes(), sizes=SIZES):
+def chained(params, x, axes=UNDIVIDED, sizes=SIZES):
     return scan_layers(lambda x, layer, _: (jnp.tanh(ragged_linear(x, layer["w"], sizes, axes)), None), params, x)[0]
 
 
@@ -124,7 +124,7 @@ OWN = jnp.asarray([[4, 0, 0], [0, 6, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0,
     + ["SparseDelta-over-all-experts", "BlockSplit", "Observed"],
 )
 def test_on_a_mesh_where_rows_are_with_their_experts(name):
-    """No device has a matrix of another, or rows for one; where it has fewer rows than there is room the rest is zero."""
+    """No device has a matrix of another, or rows for one; where it has fewer rows than there is room, zeros follow."""
     mesh = make_mesh(MeshConfig(data=2, expert=3), jax.devices()[:6])
     axes = Axes(("data", "expert"), ("expert",))
     tuned, group = cut(name), group_of_row(OWN, ROWS)

@@ -13,6 +13,7 @@ from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.distributed.mesh import torus_stages
 from jaxft.weights import Axes, SparseDelta, linear, ragged_linear, reduction, split_layers
 from jaxft.weights.core import scan_layers
+from jaxft.weights.ragged import UNDIVIDED
 from jaxft.weights.reduction import BATCH_AXES, scattered_in, stages_for
 
 LAYERS, DIM = 4, 16
@@ -96,7 +97,7 @@ def test_gradients_of_experts_are_those_of_one_device(sizes, stages):
     x = jax.random.normal(jax.random.key(1), (8, 12, DIM))
     counts = jax.nn.one_hot(jax.random.randint(jax.random.key(2), (8, 12), 0, groups), groups, dtype=jnp.int32).sum(1)
 
-    def loss(w, x, axes=Axes()):
+    def loss(w, x, axes=UNDIVIDED):
         return jnp.sum(jnp.tanh(ragged_linear(x, w, counts, axes)))
 
     expected = jax.grad(loss, argnums=(0, 1))(w, x)
