@@ -128,10 +128,14 @@ def parse(text: str) -> Module:
 # --- trip counts ------------------------------------------------------------------------------------------------------
 
 
+class OpenLoopError(ValueError):
+    """A loop that counts up to a number which is data."""
+
+
 def trip_count(module: Module, loop: Instruction, caller: dict[str, Instruction]) -> int:
     """How often the body of a `while` runs: what XLA noted, else `limit - start` of its counter.
 
-    Raises ValueError for a loop that counts in no way we can read (a data-dependent one).
+    Raises OpenLoopError where the limit is data, ValueError for a loop that counts in no way we can read.
     """
     noted = re.search(r'known_trip_count\D*?"?n"?\D*?(\d+)', loop.attributes)
     if noted:
@@ -147,6 +151,8 @@ def trip_count(module: Module, loop: Instruction, caller: dict[str, Instruction]
     limit = next((int(i.arguments) for i in compared if i.opcode == "constant"), None)
     counter = next((i for i in compared if i.opcode == "get-tuple-element"), None)
     direction = re.search(r"direction=(\w+)", root.attributes)
+    if root.opcode == "compare" and [i.opcode for i in compared] == ["get-tuple-element"] * 2:
+        raise OpenLoopError(f"{loop.name} ({loop.op_name}) runs as often as its data say")
     if limit is None or counter is None or root.opcode != "compare" or direction is None:
         raise ValueError(f"cannot read the trip count of {loop.name} ({loop.op_name})")
     index = _tuple_index(counter)
@@ -331,7 +337,7 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
     def runs_of(loop: Instruction, scope: dict[str, Instruction]) -> int:
         try:
             return trip_count(module, loop, scope)
-        except ValueError:
+        except OpenLoopError:
             open_loops[loop.name] = None
             return 0
 

@@ -53,12 +53,20 @@ def test_a_conditional_counts_by_the_share_it_is_taken():
     assert (found.least_flops, found.most_flops) == (least, most)
 
 
-def test_a_loop_that_depends_on_data_is_refused():
+def test_a_loop_up_to_a_number_of_the_data_is_named_and_not_counted():
     def function(x, n):
-        return jax.lax.fori_loop(0, n, lambda i, x: jnp.tanh(x @ x), x)
+        return jax.lax.fori_loop(1, n, lambda i, x: jnp.tanh(x @ x), x @ x)
+
+    found = hlo.costs(compiled(function, array(16, 16), array(dtype=jnp.int32)))
+    assert found.flops == 2 * 16**3 and len(found.open_loops) == 1
+
+
+def test_a_loop_that_depends_on_data_is_refused():
+    def function(x):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: jnp.tanh(x @ x), x)
 
     with pytest.raises(ValueError, match="trip count"):
-        hlo.costs(compiled(function, array(16, 16), array(dtype=jnp.int32)))
+        hlo.costs(compiled(function, array(16, 16)))
 
 
 @pytest.fixture(scope="module")
