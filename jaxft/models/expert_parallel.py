@@ -71,7 +71,7 @@ def across_experts(
         gates: of the entries in that order.
     """
     (shards, count, _), entries, experts = tokens.shape, order.shape[1], sizes.shape[1]
-    group = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes.groups)
+    group = _group_size(axes)
     k = entries // count
     sent = functools.partial(_shared, axes=axes)
     tokens, gates = sent(tokens), sent(gates)
@@ -91,6 +91,10 @@ def across_experts(
     return _summed(found, axes)
 
 
+def _group_size(axes: Axes) -> int:
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes.groups)
+
+
 def _room(entries: int) -> float:
     """How many rows a round has on a device that sends so many entries and, if all is balanced, gets as many."""
     if platform() == "cpu":  # whose devices wait for each other where a loop, and what may run beside it, both send
@@ -101,14 +105,22 @@ def _room(entries: int) -> float:
 def _shared(x: Float[Array, "shards n ..."], axes: Axes) -> Float[Array, "shards all ..."]:
     """What all devices of a group have, to each of them."""
     divided = PartitionSpec(axes.shards)
-    gather = functools.partial(lax.all_gather, axis_name=axes.groups, axis=1, tiled=True)
+
+    def gather(x: Array) -> Array:
+        return lax.all_gather(x[0], axes.groups).reshape(1, -1, *x.shape[2:])
+
     return jax.shard_map(gather, in_specs=divided, out_specs=divided, axis_names=set(axes.shards))(x)
 
 
 def _summed(x: Float[Array, "shards all dim"], axes: Axes) -> Float[Array, "shards n dim"]:
     """The sum over a group of what each of its devices has for all, to each device its part."""
-    divided = PartitionSpec(axes.shards)
-    scatter = functools.partial(lax.psum_scatter, axis_name=axes.groups, scatter_dimension=1, tiled=True)
+    divided, group = PartitionSpec(axes.shards), _group_size(axes)
+
+    def scatter(x: Array) -> Array:
+        # The parts lie along a dimension of their own, here and in the gradient of the gather: pieces of one with
+        # others before it libtpu would sum by all-reduce, which sends twice as much.
+        return lax.psum_scatter(x[0].reshape(group, -1, x.shape[-1]), axes.groups)[None]
+
     return jax.shard_map(scatter, in_specs=divided, out_specs=divided, axis_names=set(axes.shards))(x)
 
 

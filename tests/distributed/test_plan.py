@@ -474,7 +474,9 @@ def test_tokens_travel_to_experts(directory, tmp_path, quick_compiler):
     assert gathered and not any(experts in dims for dims in gathered)
     assert any(experts // 4 in dims for dims in gathered)
     scattered = [dims for c in found.collectives if c.kind == "reduce-scatter" for _, dims in c.result]
-    assert (experts // 4, DIM // 2, width) in scattered
+    assert (experts // 4, DIM // 2, width) in scattered and (1, SEQ, DIM) in scattered
+    summed = [dims for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result]
+    assert not any(4 * SEQ in dims for dims in summed), "tokens are sent where they came from, not everywhere"
 
 
 @needs_compiler
