@@ -63,7 +63,7 @@ LADDER: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     f"8b {method}, {slices * chips:,} chips": (
         f"llama3.1-8b-{method}",
         f"{f'{slices}*' if slices > 1 else ''}v5e:{slice_}",
-        (f"mesh.data={slices}", f"mesh.dcn={slices}", f"data.batch_size={slices * chips}"),
+        ("mesh=auto", f"data.batch_size={slices * chips}"),
         None,
     )
     for method in ("full", "hft")

@@ -15,9 +15,11 @@ from jaxft.training.loss import Loss, language_model_loss
 from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.precision import Precision, dtype
 from jaxft.training.state import abstract_state
+from jaxft.weights.reduction import FEWEST
 
 UNKNOWN_LENGTH = 1000  # steps of a schedule whose length depends on the data; changes one constant of the program
 REPLICATED_SHARE = 0.25  # of a device's memory, up to which every device holds all parameters and moments
+LINE = 16  # devices that lie in a line of a pod, the fewest over which parameters are divided where many share a batch
 MIN_POSITIONS = 1024  # of a sequence on one device, down to which sequences are cut rather than matrices
 
 
@@ -43,8 +45,9 @@ def choose(
     Rows go over as many devices as they divide into, whole slices first: that needs no communication within a layer.
     What is left cuts sequences while `MIN_POSITIONS` stay on a device, then matrices by key/value heads. Parameters
     are divided (FSDP) over the devices of a slice that share a batch, unless all of them take at most
-    `REPLICATED_SHARE` of the `memory` (bytes) of one device. Where memory is unknown they are divided. Of these
-    devices, as many hold different experts of a mixture as makes a layer send least.
+    `REPLICATED_SHARE` of the `memory` (bytes) of one device; of very many devices, over as many as that takes. Where
+    memory is unknown they are divided. Of these devices, as many hold different experts of a mixture as makes a layer
+    send least.
 
     Raises:
         MeshError: rows, positions and heads together do not divide over the devices.
@@ -81,9 +84,12 @@ def choose(
         fsdp = 1
         reasons.append(f"fsdp 1: {gib}, at most a quarter of a device, so nothing is gathered")
     else:
-        expert, why = _expert_axis(needs, shards, needs.rows * needs.seq_len // (slices * shards * sequence))
-        fsdp = shards // expert
+        holders = _holders(held, shards, memory)
+        expert, why = _expert_axis(needs, holders, needs.rows * needs.seq_len // (slices * shards * sequence))
+        fsdp = holders // expert
         reasons.append(f"fsdp {fsdp}: {gib}" + ("" if memory is None else f", more than a quarter of {_gib(memory)}"))
+        if holders < shards:
+            reasons.append(f"data {shards // holders}: {holders} devices hold a copy, a quarter of each at most")
     reasons.extend(why)
     data = slices * shards // (fsdp * expert)
     if slices > 1:
@@ -92,6 +98,18 @@ def choose(
         MeshConfig(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor, expert=expert, dcn=slices),
         tuple(reasons),
     )
+
+
+def _holders(held: float, devices: int, memory: int | None) -> int:
+    """Over how many of the devices that share a batch parameters are divided, of which all take `held` bytes.
+
+    Up to `FEWEST` hold one copy. Of more, a group that leaves room for the rest of a step holds one: what its devices
+    send in a layer, and for the loss, does not grow with the number of groups.
+    """
+    if memory is None or devices <= FEWEST:
+        return devices
+    sizes = (n for n in range(LINE, devices + 1) if devices % n == 0 and held <= n * REPLICATED_SHARE * memory)
+    return next(sizes, devices)
 
 
 def _expert_axis(needs: Needs, devices: int, tokens: int) -> tuple[int, tuple[str, ...]]:

@@ -499,10 +499,13 @@ def kernel_flops(config: Any, rows: int, seq_len: int, mesh: Mesh) -> hlo.Kernel
 
     `rows` of `seq_len` tokens go through the model at once.
     """
-    attention = attention_kernels(config, rows, seq_len, mesh)
-    # What the experts of one device multiply, if all devices have equally many.
-    balanced = rows * seq_len * config.num_experts_per_token / row_shards(mesh) / mesh.shape["sequence"]
-    return lambda op, operands: attention(op, operands) + grouped_kernels(op, operands, balanced)
+    attention, most = attention_kernels(config, rows, seq_len, mesh), expert_rows(config, rows, seq_len, mesh)
+    return lambda op, operands: attention(op, operands) + grouped_kernels(op, operands, most)
+
+
+def expert_rows(config: Any, rows: int, seq_len: int, mesh: Mesh) -> float:
+    """How many rows the experts of one device multiply, if all devices have equally many."""
+    return rows * seq_len * config.num_experts_per_token / row_shards(mesh) / mesh.shape["sequence"]
 
 
 def grouped_kernels(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]], most: float = math.inf) -> float:

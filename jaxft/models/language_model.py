@@ -97,7 +97,7 @@ class LanguageModel:
             positions = positions if cache is None else positions + cache["length"] - cache["prompt"]
         table = params["embed"]["embedding"]
         if type(table) not in embed_rule.registry:
-            # Its gradient is added up where each slice of the table is; of a tied one XLA would sum all of it everywhere.
+            # Its gradient is added up where each slice of the table is; of a tied one XLA would sum it all everywhere.
             table = constrain(materialize(table), "words", "embed")
         x = self._scaled(embed(tokens, table).astype(dtype))
         # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.

@@ -1,12 +1,12 @@
 """Weights whose rows are divided over many chips: gathered, and their gradients summed, in stages.
 
 A chip that holds some rows of a weight `[d_in, d_out]` wants all of them for a product, and of the sum over all chips
-of `x.T @ g` it wants its rows. On groups that span several axes of a torus XLA's TPU compiler (libtpu 0.0.42) makes the
-sum an all-reduce of the whole matrix, of which each chip throws most away; on three axes (v4, v5p), and for small
-matrices on many chips, the gather becomes an all-reduce of pieces padded with zeros. Either sends twice the bytes. Along
-one axis of the torus after the other, both stay what they are. Up to 32 chips XLA gathers and sums while it multiplies (collective matrix products), which is
-better still and left to it; not so where other chips (of another slice) have a copy, which is summed too, nor for the
-matrices of experts, which kernels multiply (`jaxft.weights.ragged`).
+of `x.T @ g` it wants its rows. On groups that span several axes of a torus XLA's TPU compiler (libtpu 0.0.42) makes
+the sum an all-reduce of the whole matrix, of which each chip throws most away; on three axes (v4, v5p), and for small
+matrices on many chips, the gather becomes an all-reduce of pieces padded with zeros. Either sends twice the bytes.
+Along one axis of the torus after the other, both stay what they are. Up to 32 chips XLA gathers and sums while it
+multiplies (collective matrix products), which is better still and left to it; not so where other chips have a copy,
+which is summed too, nor for the matrices of experts, which kernels multiply (`jaxft.weights.ragged`).
 """
 
 import contextlib

@@ -312,6 +312,7 @@ MANY_EXPERTS = LARGE._replace(rows=64, seq_len=2048, experts=128, expert_entries
         (LARGE, 16, 1, {"fsdp": 16}, "more than a quarter of 15.8 GiB"),
         (LARGE, 128, 1, {"fsdp": 32, "sequence": 4}, "sequence 4: more devices than rows, 1024 positions on each"),
         (LARGE, 256, 1, {"fsdp": 32, "sequence": 4, "tensor": 2}, "tensor 2"),
+        (LARGE._replace(rows=256), 256, 1, {"data": 8, "fsdp": 32}, "data 8: 32 devices hold a copy"),
         (LARGE, 32, 2, {"data": 2, "fsdp": 16, "dcn": 2}, "only gradients travel between the 2 slices"),
         (SMALL._replace(rows=24), 16, 1, {"data": 8, "sequence": 2}, "rows over 8 devices"),
         (MANY_EXPERTS, 64, 1, {"fsdp": 8, "expert": 8}, "expert 8: 2048 tokens a device go to 16 experts on each"),
@@ -463,7 +464,7 @@ def test_tokens_travel_to_experts(directory, tmp_path, quick_compiler):
     model = load_model(tmp_path)
     mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x4")))
     module = hlo.parse(compile_step(wanted, model, mesh).step.as_text())
-    balanced = expert_rows(wanted, model.config, mesh)
+    balanced = expert_rows(model.config, wanted.data.batch_size, wanted.data.seq_len, mesh)
     assert balanced == rows * SEQ * chosen / 8
     found = hlo.costs(module, kernels=lambda op, operands: grouped_kernels(op, operands, balanced))
     assert found.open_loops
