@@ -162,8 +162,11 @@ def page(results: dict, beside: dict) -> str:
         )
     missing = [name for name in ROWS | LADDER if name not in results]
     notes = [f"\nCompiled with {', '.join(sorted({r['versions'] for r in results.values()}))}."] if results else []
+    for day in sorted({row["date"] for row in results.values()}):
+        names = [name for name in ROWS | LADDER if results.get(name, {}).get("date") == day]
+        notes.append(f"\nOf {day}: {'; '.join(names)}.")
     if missing:
-        notes.append(f"\nNot compiled yet: {', '.join(missing)}.")
+        notes.append(f"\nNot compiled yet: {'; '.join(missing)}.")
     return HEAD + "\n".join(lines) + "\n" + "\n".join(notes) + "\n" + ladder(results) + peers.section(beside)
 
 
