@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 BATCH_AXES = ("data", "expert", "fsdp")  # the mesh axes over which the rows of a batch are divided
 FEWEST = 64  # chips from which on products of rows with one matrix go in stages, where there is one copy of it
+SMALL = 2**18  # bytes of a matrix on one chip up to which so many gather it in stages
 Stages = tuple[int, ...]
 _STAGES: ContextVar[Stages | None] = ContextVar("stages", default=())
 
@@ -75,11 +76,13 @@ def stages_for(x: Float[Array, "... d_in"]) -> Stages:
 def gathered(
     w: Float[Array, "*groups d_in d_out"], stages: Stages, groups: tuple[str, ...] = ()
 ) -> Float[Array, "*groups d_in d_out"]:
-    """All rows of `w`, which are divided over `fsdp`: in `stages` where there are three of them, or many chips.
+    """All rows of `w`, which are divided over `fsdp`: in `stages` where there are three of them, or where many
+    chips hold little each.
 
     The first dimension stays divided over the mesh axes `groups`.
     """
-    if len(stages) < 3 and math.prod(stages) < FEWEST:
+    is_small = w.size * w.dtype.itemsize <= math.prod(stages) * SMALL
+    if len(stages) < 3 and (math.prod(stages) < FEWEST or not is_small):
         return w
     rows = w.ndim - 2
 
