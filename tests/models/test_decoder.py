@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import Literal, jaxprs_in_params
 
+from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.errors import JaxftError
 from jaxft.hub import load_pretrained
 from jaxft.models import Decoder, DecoderConfig, LanguageModel
@@ -261,3 +263,30 @@ def test_the_program_does_not_grow_with_depth():
         return str(jaxpr).count("\n")
 
     assert equations(40) == equations(2)
+
+
+def constrained(jaxpr):
+    """`(primitive that made it, shape, spec)` of every array whose layout is stated in a program."""
+    made = {v: e.primitive.name for e in jaxpr.eqns for v in e.outvars}
+    for e in jaxpr.eqns:
+        if e.primitive.name == "sharding_constraint" and not isinstance(e.invars[0], Literal):
+            yield made.get(e.invars[0]), e.invars[0].aval.shape, tuple(e.params["sharding"].spec)
+        for inner in jaxprs_in_params(e.params):
+            yield from constrained(inner)
+
+
+def test_gradients_of_the_table_and_of_hidden_states_lie_where_their_parts_are_added():
+    """That of a looked-up table by width, that of hidden states by rows: XLA would sum either whole on all devices."""
+    config = DecoderConfig(
+        model_type="llama", vocab_size=96, hidden_size=40, intermediate_size=56, num_layers=1, num_heads=2,
+        num_kv_heads=1, head_dim=24, tie_embeddings=True,
+    )  # fmt: skip
+    model, tokens = LanguageModel(config), np.zeros((8, 16), np.int32)
+
+    def scores(params):
+        return jnp.sum(model.logits(params, model.hidden(params, tokens, remat="none")))
+
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=8))):
+        found = set(constrained(jax.make_jaxpr(jax.grad(scores))(model.abstract()).jaxpr))
+    assert any(maker and (shape, spec) == ((96, 40), (None, "fsdp")) for maker, shape, spec in found)
+    assert ("dot_general", (8, 16, 40), ("fsdp", None, None)) in found

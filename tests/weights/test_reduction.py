@@ -49,6 +49,7 @@ def loss(w, x):
     [
         ({"fsdp": 8}, (2, 4)),
         ({"fsdp": 8}, (2, 2, 2)),
+        ({"data": 2, "fsdp": 4}, (2, 2)),
         ({"data": 2, "fsdp": 4}, (4,)),
         ({"fsdp": 4, "sequence": 2}, (2, 2)),
     ],
@@ -114,6 +115,19 @@ def test_gradients_of_experts_are_those_of_one_device(sizes, stages):
     assert ("psum" in text) == ("data" in sizes) and ("all_gather" in text) == (len(stages) == 3)
     for found, one in zip(gradients(*placed), expected, strict=True):
         np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stages", [(2, 4), (2, 2, 2)], ids=str)
+def test_large_matrices_are_gathered_in_stages_on_three_axes_only(stages, few_are_many):
+    few_are_many.setattr(reduction, "SMALL", 0)
+    mesh, x = make_mesh(MeshConfig(fsdp=8)), jnp.ones((8, 6, DIM))
+
+    def gradient(w):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), scattered_in(stages):
+            return jax.grad(loss)(w, x)
+
+    text = str(jax.make_jaxpr(gradient)(stack()))
+    assert "reduce_scatter" in text and ("all_gather" in text) == (len(stages) == 3)
 
 
 def test_frozen_weights_have_no_gradient_to_sum(few_are_many):
