@@ -457,7 +457,7 @@ def run_job(
         if method.update is not None and method.due is not None and method.due(step, total):
             meter.pause()
             state, frozen = update(job, method, wrapped, state, frozen, step, metrics["loss"], gradients)
-        asked = stop.after(step)
+        asked = stop.after_step()
         results = None
         if (config.evaluation.every and step % config.evaluation.every == 0) or step == total:
             meter.pause()

@@ -1,5 +1,6 @@
 """Stopping on request: SIGTERM (what schedulers and spot machines send) and SIGINT (Ctrl-C) save and exit cleanly."""
 
+import itertools
 import os
 import signal
 import threading
@@ -11,6 +12,10 @@ import jax
 from jax.experimental import multihost_utils
 
 Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | None
+
+# JAX's preemption service agrees on the number after the largest that a process has asked with, and says yes to that
+# number alone. A resumed run that asked with its steps would leap over it, if the notice came before the first of them.
+_questions = itertools.count(1)
 
 
 class Interrupted(SystemExit):
@@ -59,8 +64,11 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous = {}
 
-    def after(self, step: int) -> int | None:
-        """The signal for which to stop after `step`, None to go on. With several processes: the same answer on all."""
+    def after_step(self) -> int | None:
+        """The signal for which to stop after a step, None to go on. To be asked after every step.
+
+        With several processes: the same answer on all.
+        """
         if jax.process_count() == 1:
             return self.signal
-        return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
+        return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(next(_questions)) else None

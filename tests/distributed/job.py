@@ -59,7 +59,8 @@ class Job:
             process.start()
 
     def log(self, rank: int) -> str:
-        return (self.directory / f"{rank}.log").read_text()
+        path = self.directory / f"{rank}.log"
+        return path.read_text() if path.exists() else ""
 
     def log_until(self, rank: int, text: str, timeout: float = 10) -> str:
         """The log of a process that has ended, once its sentinel has had its say."""

@@ -86,6 +86,14 @@ def test_told_to_stop_or_killed_it_resumes_with_another_number_of_processes(dire
     assert (output / "checkpoints" / step).is_dir() and 2 <= int(step) < STEPS
     assert not re.search("^error:", job.log(0) + job.log(1), re.MULTILINE), job.logs()
 
+    # Told before the first step after it resumed: it takes that step, or two, and leaves.
+    with start("told again", 2) as job:
+        job.send(0, signal.SIGTERM, lambda: "resuming after step" in job.log(0))
+        assert job.wait() == [143, 143], job.logs()
+    (again,) = re.findall(r"stopped after step (\d+) of 40 and saved", job.log(0))
+    assert int(step) < int(again) <= int(step) + 2
+    step = again
+
     # SIGKILL to one of four: the others end at once, and each says which one is gone.
     victim = random.SystemRandom().randrange(4)
     print("killed:", victim)

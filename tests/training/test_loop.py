@@ -543,9 +543,9 @@ def test_the_second_signal_acts_as_it_used_to():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     try:
         with StopRequest() as stop:
-            assert stop.after(1) is None
+            assert stop.after_step() is None
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.after(2) == signal.SIGINT
+            assert stop.after_step() == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(10)
