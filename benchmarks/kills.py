@@ -88,7 +88,8 @@ def campaign(directory: Path, where: Path, expected: list[float], rng: random.Ra
         count, number = rng.choice((1, 2, 4, 4)), rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
         victim, delay = rng.randrange(count), rng.uniform(0, span)
         begun = time.monotonic()
-        with Job(where / f"logs-{start}", count, DEVICES // count, join_and_train, directory, output, SECTIONS, 0.05) as job:
+        logs, run = where / f"logs-{start}", (directory, output, SECTIONS, 0.05)
+        with Job(logs, count, DEVICES // count, join_and_train, *run) as job:
             process = job.processes[victim]
             process.join(delay)
             if process.is_alive():
@@ -123,7 +124,7 @@ def main() -> None:
             seed = f"{arguments.seed}.{index}"
             print(f"campaign {seed}", flush=True)
             starts += campaign(directory, Path(root) / seed, expected, random.Random(seed), ends)
-        print(f"{arguments.campaigns} runs, started {starts} times, all with the losses of an uninterrupted one: {dict(ends)}")
+        print(f"{arguments.campaigns} runs, started {starts} times, all as an uninterrupted one: {dict(ends)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from jaxft.weights.reduction import FEWEST
 
 UNKNOWN_LENGTH = 1000  # steps of a schedule whose length depends on the data; changes one constant of the program
 REPLICATED_SHARE = 0.25  # of a device's memory, up to which every device holds all parameters and moments
-LINE = 16  # devices that lie in a line of a pod, the fewest over which parameters are divided where many share a batch
 MIN_POSITIONS = 1024  # of a sequence on one device, down to which sequences are cut rather than matrices
 
 
@@ -103,12 +102,12 @@ def choose(
 def _holders(held: float, devices: int, memory: int | None) -> int:
     """Over how many of the devices that share a batch parameters are divided, of which all take `held` bytes.
 
-    Up to `FEWEST` hold one copy. Of more, a group that leaves room for the rest of a step holds one: what its devices
-    send in a layer, and for the loss, does not grow with the number of groups.
+    Up to `FEWEST` hold one copy. Of more, each group of as many does, or of more where that leaves no room for the rest
+    of a step: what its devices hold, and send in a layer and for the loss, does not grow with the number of groups.
     """
     if memory is None or devices <= FEWEST:
         return devices
-    sizes = (n for n in range(LINE, devices + 1) if devices % n == 0 and held <= n * REPLICATED_SHARE * memory)
+    sizes = (n for n in range(FEWEST, devices + 1) if devices % n == 0 and held <= n * REPLICATED_SHARE * memory)
     return next(sizes, devices)
 
 

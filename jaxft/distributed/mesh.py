@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -120,10 +121,14 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     if config.dcn == 1:
         try:
             return jax.make_mesh(shape, AXES, types, devices=devices)
-        except NotImplementedError:  # no axis of the torus has the size asked for: one of them is cut
-            cut = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-            return Mesh(cut, AXES, axis_types=types)
+        except NotImplementedError:
+            return Mesh(_cut(mesh_utils.create_device_mesh, shape, devices), AXES, axis_types=types)
     return Mesh(_slices(shape, config.dcn, devices), AXES, axis_types=types)
+
+
+def _cut(create: Callable[..., np.ndarray], *arguments: Any, **options: Any) -> np.ndarray:
+    """Devices for a mesh that has no axis of the torus, nor a product of some, for each of its own: one is cut."""
+    return create(*arguments, allow_split_physical_axes=True, **options)
 
 
 def _slices(shape: tuple[int, ...], dcn: int, devices: list[jax.Device]) -> np.ndarray:
@@ -131,7 +136,10 @@ def _slices(shape: tuple[int, ...], dcn: int, devices: list[jax.Device]) -> np.n
     inner, outer = (shape[0] // dcn, *shape[1:]), (dcn,) + (1,) * (len(shape) - 1)
     slices = {getattr(d, "slice_index", None) for d in devices}
     if len(slices) == dcn:
-        found = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+        try:
+            found = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+        except NotImplementedError:
+            found = _cut(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
         if max(inner) == math.prod(inner) and all(hasattr(d, "coords") for d in devices):
             # One axis: in lines, not in a ring, so that it has stages (`torus_stages`).
             rows = [sorted(row, key=lambda d: tuple(d.coords)) for row in found.reshape(dcn, -1)]

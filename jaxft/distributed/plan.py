@@ -29,6 +29,7 @@ from jaxft.hub import load_model
 from jaxft.methods import build
 from jaxft.models.attention import computed_pairs, tiling
 from jaxft.models.expert_parallel import SPARE
+from jaxft.models.mixture import is_gated_before_down
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
 from jaxft.training.compilation import compiler_options
 from jaxft.training.optimizer import make_optimizer, make_schedule
@@ -399,8 +400,8 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     P_t entries that train: 2TP forward, 2TP gradients of activations, 2TP_t gradients of weights. Causal attention
     costs `4 heads head_dim` a visible pair forward, 2.5 times that backward (the scores are recomputed, as flash
     attention does). `remat="block"` and `"offload"` repeat the forward pass of the layers but for the last projection,
-    whose result no gradient needs (that of a mixture's experts is needed for the gradient of their gates); the other
-    policies but `none` repeat attention only.
+    whose result no gradient needs (unless a mixture's gates act on what its experts make); the other policies but
+    `none` repeat attention only.
 
     Layers below the lowest that trains (`first_trained`) have a forward pass and nothing else; the lowest counts
     whole. Virtual tokens of a prompt count in the layers. Gates count as open, the most that a step may have to
@@ -421,7 +422,8 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
             in_layers += entries
             # What a low-rank factor reads is needed for its gradient even where the sum is not.
             skipped = entries - _entries(path, w.a) if isinstance(w, LowRank) else entries
-            last += skipped if ".down." in path and ".experts." not in path else 0
+            is_last = ".down." in path and (".experts." not in path or is_gated_before_down(params["layers"]))
+            last += skipped if is_last else 0
         else:
             outside += entries
     trained = sum(

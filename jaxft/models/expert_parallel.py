@@ -29,8 +29,8 @@ from jaxft.weights import Axes, Tree, sum_rows
 SPARE = 2.0  # times the rows of a balanced batch have room in one round
 TILE = 128  # a round has a multiple of this many rows
 
-Compute = Callable[[Tree, Array, Array], Array]
-"""`(weights, rows [shards, rows, dim] sorted by expert, sizes [shards, experts]) -> rows`."""
+Compute = Callable[[Tree, Array, Array, Array], Array]
+"""`(weights, rows [shards, rows, dim] sorted by expert, sizes [shards, experts], gates [shards, rows]) -> rows`."""
 
 
 class Arrivals(NamedTuple):
@@ -64,7 +64,8 @@ def across_experts(
     """The mixture of tokens that lie over `axes.shards`, whose experts lie over `axes.groups`.
 
     Args:
-        compute: what experts make of rows, with the first dimension of their matrices divided over `axes.groups`.
+        compute: what experts make of rows, times the gates of these, with the first dimension of their matrices divided
+            over `axes.groups`.
         weights: what `compute` gets, and what has gradients.
         order: of the entries of a shard, `tokens x k` of them, those of expert 0 first; entry i is of token i // k.
         sizes: how many of them each expert has.
@@ -165,8 +166,8 @@ def _round(
     token = jnp.where(is_row, jnp.take_along_axis(arrivals.token, entry, axis=1), tokens.shape[1])
     gate = jnp.where(is_row, jnp.take_along_axis(gates, entry, axis=1), 0)
     ends = jnp.clip(arrivals.end.reshape(token.shape[0], experts, -1)[..., -1] - start, 0, rows)
-    y = compute(weights, _rows_of(tokens, token, axes), jnp.diff(ends, axis=1, prepend=0))
-    return _onto_tokens(y * gate[..., None].astype(y.dtype), token, tokens.shape[1], axes)
+    y = compute(weights, _rows_of(tokens, token, axes), jnp.diff(ends, axis=1, prepend=0), gate)
+    return _onto_tokens(y, token, tokens.shape[1], axes)
 
 
 # The rows of tokens, and their sums by token: each is the transpose of the other. A row of no token is zero.

@@ -88,8 +88,7 @@ def mixture(
     if axes.groups:
         weights = {"mlp": {"experts": layer["mlp"]["experts"]}, "sites": _sites_of_experts(layer)}
         return gather(across_experts(compute, weights, rows, order, sizes, gates, axes)), routing
-    rows = compute(layer, _dispatch(rows, order, k), sizes)
-    return gather(_collect(rows * gates[..., None].astype(rows.dtype), order, k)), routing
+    return gather(_collect(compute(layer, _dispatch(rows, order, k), sizes, gates), order, k)), routing
 
 
 def _experts(
@@ -98,10 +97,24 @@ def _experts(
     layer: Tree,
     rows: Float[Array, "shards rows dim"],
     sizes: Int[Array, "shards experts"],
+    gates: Float[Array, "shards rows"],
 ) -> Float[Array, "shards rows dim"]:
-    """What the experts make of rows that are sorted by them."""
+    """What the experts make of rows that are sorted by them, times the gate of each row.
+
+    Where the last projection is a matrix and nothing else, its input takes the gate: the gradient of the gates then
+    does not need what comes out of it, so that rematerialisation need not compute it again.
+    """
     project = functools.partial(_project, layer, sizes=sizes, axes=axes)
-    return project("down", activation(project("gate", rows)) * project("up", rows))
+    gates = gates[..., None]
+    hidden = activation(project("gate", rows)) * project("up", rows)
+    if is_gated_before_down(layer):
+        return project("down", hidden * gates.astype(hidden.dtype))
+    return project("down", hidden) * gates.astype(hidden.dtype)
+
+
+def is_gated_before_down(layer: Tree) -> bool:
+    """Whether the last projection of the experts of a layer (or of the stack of layers) is linear."""
+    return "bias" not in layer["mlp"]["experts"]["down"] and "mlp.experts.down" not in layer.get("sites", {})
 
 
 def _sites_of_experts(layer: Tree) -> Tree:

@@ -39,6 +39,9 @@ class Axes(NamedTuple):
 UNDIVIDED = Axes()
 
 _BLOCK = 128  # sums that one product of `sum_rows` makes
+_BY_OUTPUTS = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
 _OUTER = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([0], [0]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -94,12 +97,12 @@ def ragged_input_gradient(
     g: Float[Array, "shards rows o"], w: Float[Array, "groups i o"], sizes: Int[Array, "shards groups"], axes: Axes
 ) -> Float[Array, "shards rows i"]:
     """The gradient of the rows: row r of group e of `g` times `w[e]` transposed."""
-    return _product(g, gathered(w, stages_of(w.shape[1]), axes.groups).swapaxes(1, 2), sizes, axes)
+    return _product(g, gathered(w, stages_of(w.shape[1]), axes.groups), sizes, axes, is_transposed=True)
 
 
-def _product(x: Array, w: Array, sizes: Array, axes: Axes) -> Array:
+def _product(x: Array, w: Array, sizes: Array, axes: Axes, *, is_transposed: bool = False) -> Array:
     def product(w: Array, x: Array, sizes: Array) -> Array:
-        y = lax.ragged_dot(x, w, sizes)
+        y = lax.ragged_dot_general(x, w, sizes, _BY_OUTPUTS) if is_transposed else lax.ragged_dot(x, w, sizes)
         if not axes.groups:
             return y
         # Beyond the sum of sizes the kernels write nothing: what was there before need not even be a number.

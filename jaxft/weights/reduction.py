@@ -98,6 +98,8 @@ def gathered(
 
 def scattered(part: Float[Array, "*groups d_in d_out"], stages: Stages) -> Float[Array, "*groups rows d_out"]:
     """The rows of a chip of the sum over `fsdp` of what each chip has, where `fsdp` is a manual axis."""
+    if part.ndim == 3 and len(part) == 1:  # behind a dimension of one, libtpu would sum by all-reduce
+        return scattered(part[0], stages)[None]
     rows = part.ndim - 2
     for groups in _groups(stages) if stages else (None,):
         part = lax.psum_scatter(part, "fsdp", scatter_dimension=rows, axis_index_groups=groups, tiled=True)
