@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from jaxft.models.architecture import Decoder, logical_axes
 from jaxft.models.attention import PROMPT_SEGMENT
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import rms_norm, run_layers
-from jaxft.models.sharding import constrain, mesh_axes
+from jaxft.models.sharding import constrain, mesh_axes, spec_of
 from jaxft.weights import (
     RowSplit,
     Tree,
@@ -95,11 +96,7 @@ class LanguageModel:
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None] if segment_ids is None else positions_in_segments(segment_ids)
             positions = positions if cache is None else positions + cache["length"] - cache["prompt"]
-        table = params["embed"]["embedding"]
-        if type(table) not in embed_rule.registry:
-            # Its gradient is added up where each slice of the table is; of a tied one XLA would sum it all everywhere.
-            table = constrain(materialize(table), "words", "embed")
-        x = self._scaled(embed(tokens, table).astype(dtype))
+        x = self._scaled(_look_up(tokens, params["embed"]["embedding"]).astype(dtype))
         # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.
         x = constrain(x, "replicas", "sequence", "embed")
         x = constrain(site(params, "embed", x), "batch", "sequence", None)
@@ -199,6 +196,23 @@ class LanguageModel:
             _, filled, _ = run_layers(config, params["layers"], x, jnp.arange(held)[None], segment_ids, cache=cache)
             return filled
         return cache
+
+
+def _look_up(tokens: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch seq dim"]:
+    """`embed`. Each device looks up the slice of the width that it has, and adds up the gradient of that slice.
+
+    XLA might sum the gradient of a tied table on all devices, or (64 slices by 64 copies) gather the table.
+    """
+    if type(table) in embed_rule.registry:
+        return embed(tokens, table)
+    table = materialize(table)
+    words, width = (mesh_axes(name, size) for name, size in zip(("words", "embed"), table.shape, strict=True))
+    if words or not width:
+        return embed(tokens, constrain(table, "words", "embed"))
+    rows = spec_of(tokens.shape, ("replicas", "sequence"))
+    return jax.shard_map(embed, in_specs=(rows, PartitionSpec(None, width)), out_specs=PartitionSpec(*rows, width))(
+        tokens, table
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
