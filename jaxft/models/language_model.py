@@ -201,15 +201,17 @@ class LanguageModel:
 def _look_up(tokens: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch seq dim"]:
     """`embed`. Each device looks up the slice of the width that it has, and adds up the gradient of that slice.
 
-    XLA might sum the gradient of a tied table on all devices, or (64 slices by 64 copies) gather the table.
+    Left alone, XLA sums the gradient of a tied table on all devices. Of one copy it only has to be told where the
+    gradient lies. With 64 copies of 64 slices it would gather the table all the same; so each device does it by itself
+    where there are copies, which takes a little more memory.
     """
     if type(table) in embed_rule.registry:
         return embed(tokens, table)
     table = materialize(table)
     words, width = (mesh_axes(name, size) for name, size in zip(("words", "embed"), table.shape, strict=True))
-    if words or not width:
-        return embed(tokens, constrain(table, "words", "embed"))
     rows = spec_of(tokens.shape, ("replicas", "sequence"))
+    if words or not width or rows[0] is None:
+        return embed(tokens, constrain(table, "words", "embed"))
     return jax.shard_map(embed, in_specs=(rows, PartitionSpec(None, width)), out_specs=PartitionSpec(*rows, width))(
         tokens, table
     )

@@ -285,7 +285,8 @@ def summed_by_device(jaxpr):
             yield from summed_by_device(j)
 
 
-def test_gradients_of_the_table_and_of_hidden_states_lie_where_their_parts_are_added():
+@pytest.mark.parametrize("copies", [1, 2])
+def test_gradients_of_the_table_and_of_hidden_states_lie_where_their_parts_are_added(copies):
     """That of a looked-up table by width, that of hidden states by rows: XLA would sum either whole on all devices."""
     config = DecoderConfig(
         model_type="llama", vocab_size=96, hidden_size=40, intermediate_size=56, num_layers=1, num_heads=2,
@@ -296,7 +297,9 @@ def test_gradients_of_the_table_and_of_hidden_states_lie_where_their_parts_are_a
     def scores(params):
         return jnp.sum(model.logits(params, model.hidden(params, tokens, remat="none")))
 
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=8))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=copies, fsdp=8 // copies))):
         jaxpr = jax.make_jaxpr(jax.grad(scores))(model.abstract()).jaxpr
-    assert ((96, 40), (None, "fsdp")) in set(summed_by_device(jaxpr))
-    assert ("dot_general", (8, 16, 40), ("fsdp", None, None)) in set(constrained(jaxpr))
+    stated, table = set(constrained(jaxpr)), ((96, 40), (None, "fsdp"))
+    assert table in (set(summed_by_device(jaxpr)) if copies > 1 else {found[1:] for found in stated if found[0]})
+    batch = ("data", "fsdp") if copies > 1 else "fsdp"
+    assert ("dot_general", (8, 16, 40), (batch, None, None)) in stated
