@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -121,14 +120,10 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     if config.dcn == 1:
         try:
             return jax.make_mesh(shape, AXES, types, devices=devices)
-        except NotImplementedError:
-            return Mesh(_cut(mesh_utils.create_device_mesh, shape, devices), AXES, axis_types=types)
+        except NotImplementedError:  # no axis of the torus has the size asked for: one of them is cut
+            cut = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(cut, AXES, axis_types=types)
     return Mesh(_slices(shape, config.dcn, devices), AXES, axis_types=types)
-
-
-def _cut(create: Callable[..., np.ndarray], *arguments: Any, **options: Any) -> np.ndarray:
-    """Devices for a mesh that has no axis of the torus, nor a product of some, for each of its own: one is cut."""
-    return create(*arguments, allow_split_physical_axes=True, **options)
 
 
 def _slices(shape: tuple[int, ...], dcn: int, devices: list[jax.Device]) -> np.ndarray:
@@ -138,8 +133,8 @@ def _slices(shape: tuple[int, ...], dcn: int, devices: list[jax.Device]) -> np.n
     if len(slices) == dcn:
         try:
             found = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-        except NotImplementedError:
-            found = _cut(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
+        except NotImplementedError:  # as in one slice
+            found = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
         if max(inner) == math.prod(inner) and all(hasattr(d, "coords") for d in devices):
             # One axis: in lines, not in a ring, so that it has stages (`torus_stages`).
             rows = [sorted(row, key=lambda d: tuple(d.coords)) for row in found.reshape(dcn, -1)]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.models.config import DecoderConfig
 from jaxft.models.expert_parallel import across_experts, expert_axes
 from jaxft.models.sharding import token_shards
-from jaxft.weights import Axes, Tree, group_of_row, linear, ragged_linear, site, value
+from jaxft.weights import Axes, Observed, Tree, group_of_row, linear, ragged_linear, site, value
 
 GATES = "mlp.router"  # the site at which gates `[batch, seq, experts]` pass: zero where a token does not go
 
@@ -113,8 +113,11 @@ def _experts(
 
 
 def is_gated_before_down(layer: Tree) -> bool:
-    """Whether the last projection of the experts of a layer (or of the stack of layers) is linear."""
-    return "bias" not in layer["mlp"]["experts"]["down"] and "mlp.experts.down" not in layer.get("sites", {})
+    """Whether the last projection of the experts of a layer (or of the stack of layers) is a matrix alone, of whose
+    inputs no statistic is taken."""
+    down = layer["mlp"]["experts"]["down"]
+    is_alone = "bias" not in down and "mlp.experts.down" not in layer.get("sites", {})
+    return is_alone and not isinstance(down["kernel"], Observed)
 
 
 def _sites_of_experts(layer: Tree) -> Tree:

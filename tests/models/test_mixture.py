@@ -12,6 +12,7 @@ from jaxft.hub import load_pretrained
 from jaxft.models import DecoderConfig, LanguageModel, expert_parallel
 from jaxft.models.config import from_huggingface
 from jaxft.training.loss import language_model_loss
+from jaxft.weights import Observed
 from tests.tiny_models import CONFIGS, checkpoint, torch_model
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 24))
@@ -47,6 +48,20 @@ def test_packing_and_padding_change_nothing():
     np.testing.assert_allclose(packed[1, 11:20], apart[2, :9], rtol=1e-5, atol=1e-5)
     assert np.array_equal(routing.tokens, routed.tokens)
     np.testing.assert_allclose(routing.load_balancing_loss(), routed.load_balancing_loss(), rtol=1e-6)
+
+
+def test_statistics_of_the_last_projection_know_no_gates():
+    """Padding has gates of zero, and is counted all the same."""
+    model, params = load("mixtral")
+    down = params["layers"]["mlp"]["experts"]["down"]["kernel"]
+
+    def run(energy):
+        experts = params["layers"]["mlp"]["experts"] | {"down": {"kernel": Observed(down, energy)}}
+        layers = params["layers"] | {"mlp": params["layers"]["mlp"] | {"experts": experts}}
+        return jnp.sum(model.hidden(params | {"layers": layers}, TOKENS, segment_ids=jnp.zeros_like(TOKENS)))
+
+    energy = jax.grad(run)(jnp.zeros(down.shape[:-1]))
+    assert (energy.sum((1, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-gates"])
