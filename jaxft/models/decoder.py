@@ -110,6 +110,7 @@ def run_layers(
         for rope in (config.rope, config.sliding_rope)
         if rope is not None
     ]
+    ropes = jax.lax.optimization_barrier(ropes)  # else XLA computes cosines and sines anew in every layer and pass
     is_real = None if segment_ids is None else segment_ids != 0
     if cache is not None:
         start, cache = cache["length"], _append_tokens(cache, positions, segment_ids)

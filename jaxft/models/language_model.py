@@ -32,7 +32,7 @@ from jaxft.weights import (
     unembed_rule,
     value,
 )
-from jaxft.weights.reduction import scattered_in
+from jaxft.weights.reduction import exchanged, scattered_in, stages_of_exchange
 
 
 def head_of(model: Any, params: Tree) -> Tree:
@@ -99,7 +99,7 @@ class LanguageModel:
         x = self._scaled(_look_up(tokens, params["embed"]["embedding"]).astype(dtype))
         # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.
         x = constrain(x, "replicas", "sequence", "embed")
-        x = constrain(site(params, "embed", x), "batch", "sequence", None)
+        x = _exchange(site(params, "embed", x))
         prompt = prompt_embeddings(params)
         length = 0 if prompt is None else prompt.shape[0]
         positions = positions + length
@@ -215,6 +215,15 @@ def _look_up(tokens: Int[Array, "batch seq"], table: Any) -> Float[Array, "batch
     return jax.shard_map(embed, in_specs=(rows, PartitionSpec(None, width)), out_specs=PartitionSpec(*rows, width))(
         tokens, table
     )
+
+
+def _exchange(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+    """`x`, which is divided by width, divided as the batch is."""
+    stages = stages_of_exchange(x.shape[-1])
+    if not stages or "fsdp" not in (mesh_axes("batch", x.shape[0]) or ()):
+        return constrain(x, "batch", "sequence", None)
+    layouts = (("replicas", "sequence", "embed"), ("batch", "sequence", None))
+    return exchanged(x, stages, *(spec_of(x.shape, names) for names in layouts))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

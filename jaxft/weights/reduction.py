@@ -151,6 +151,30 @@ def _groups(stages: Stages) -> Iterator[list[list[int]]]:
         ]
 
 
+def stages_of_exchange(dim: int) -> Stages:
+    """The stages in which `exchanged` moves tokens of so many channels; none where XLA moves them at once."""
+    stages = stages_of(dim)
+    return stages if len(stages) > 1 and math.prod(stages) >= FEWEST else ()
+
+
+def exchanged(
+    x: Float[Array, "batch seq dim"], stages: Stages, before: PartitionSpec, after: PartitionSpec
+) -> Float[Array, "batch seq dim"]:
+    """`x` from the layout `before`, in which `fsdp` divides `dim`, in the layout `after`, in which it divides the batch
+    last of all axes. A byte passes as many links of a torus in stages as at once, which takes libtpu 30 s to compile on
+    256 chips of v5e, and the gradient another 30 s."""
+
+    def local(part: Array) -> Array:
+        batch, seq, width = part.shape
+        part = part.reshape(*stages, batch // math.prod(stages), seq, width)  # by the chip where a row goes
+        for axis, chips in enumerate(_groups(stages)):
+            part = lax.all_to_all(part, "fsdp", axis, axis, axis_index_groups=chips, tiled=True)
+        part = part.reshape(math.prod(stages), -1, seq, width)  # by the chip where a slice comes from
+        return part.transpose(1, 2, 0, 3).reshape(-1, seq, math.prod(stages) * width)
+
+    return jax.shard_map(local, in_specs=before, out_specs=after, check_vma=False)(x)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scattered_matmul(
     x: Float[Array, "batch seq d_in"], w: Float[Array, "d_in d_out"], stages: Stages

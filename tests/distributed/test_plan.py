@@ -516,7 +516,9 @@ def test_weights_are_gathered_beside_products(directory, tmp_path, caplog, monke
     compiled = compile_step(wanted, model, mesh)
     (note,) = read_plan(wanted, model, where, mesh, compiled).notes
     assert note.startswith("compiler options: xla_tpu_enable_async_collective_fusion=True, ")
-    collectives = hlo.costs(hlo.parse(compiled.step.as_text())).collectives
+    text = compiled.step.as_text()
+    assert len(re.findall(r"= f32\[[^\]]*\b64\]\S* cosine\(", text)) == 1, "rotary embeddings, once for all layers"
+    collectives = hlo.costs(hlo.parse(text)).collectives
     gathers = [c for c in collectives if c.kind in ("all-gather", "collective-permute")]
     assert any(c.overlapped for c in gathers if c.kind == "all-gather")
     hidden = sum(c.total_bytes for c in gathers if c.overlapped)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import Literal, jaxprs_in_params
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.errors import JaxftError
 from jaxft.hub import load_pretrained
 from jaxft.models import Decoder, DecoderConfig, LanguageModel
-from jaxft.weights import LowRank, ScaleShift, SoftPrompt, add_site, materialize, split_layers
+from jaxft.weights import LowRank, ScaleShift, SoftPrompt, add_site, materialize, reduction, split_layers
 from tests.tiny_models import CONFIGS, checkpoint, torch_logits, torch_model
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 24))
@@ -263,6 +264,25 @@ def test_the_program_does_not_grow_with_depth():
         return str(jaxpr).count("\n")
 
     assert equations(40) == equations(2)
+
+
+@pytest.mark.parametrize("stages", [(2, 4), (8,), ()], ids=str)
+def test_looked_up_tokens_are_exchanged_in_stages_on_many_chips(stages, monkeypatch):
+    monkeypatch.setattr(reduction, "FEWEST", 8)
+    config = DecoderConfig("llama", 96, 32, 48, 1, 4, 2, 8)
+    model, tokens = LanguageModel(config), np.arange(8 * 12).reshape(8, 12) % 96
+    params = model.init(jax.random.key(0))
+    expected = model.hidden(params, tokens)
+    mesh = make_mesh(MeshConfig(fsdp=8))
+
+    @jax.jit
+    def hidden(params):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), reduction.scattered_in(stages):
+            return model.hidden(params, tokens)
+
+    placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    assert str(jax.make_jaxpr(hidden)(placed)).count("all_to_all[") == (2 if len(stages) > 1 else 0)
+    np.testing.assert_allclose(hidden(placed), expected, rtol=1e-5, atol=1e-6)
 
 
 def constrained(jaxpr):

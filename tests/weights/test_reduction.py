@@ -14,7 +14,7 @@ from jaxft.distributed.mesh import torus_stages
 from jaxft.weights import Axes, SparseDelta, linear, ragged_linear, reduction, split_layers
 from jaxft.weights.core import scan_layers
 from jaxft.weights.ragged import UNDIVIDED
-from jaxft.weights.reduction import BATCH_AXES, scattered_in, stages_for
+from jaxft.weights.reduction import BATCH_AXES, exchanged, scattered_in, stages_for, stages_of_exchange
 
 LAYERS, DIM = 4, 16
 
@@ -128,6 +128,37 @@ def test_large_matrices_are_gathered_in_stages_on_three_axes_only(stages, few_ar
 
     text = str(jax.make_jaxpr(gradient)(stack()))
     assert "reduce_scatter" in text and ("all_gather" in text) == (len(stages) == 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stages"),
+    [
+        ({"fsdp": 8}, (2, 4)),
+        ({"fsdp": 8}, (2, 2, 2)),
+        ({"data": 2, "fsdp": 4}, (2, 2)),
+        ({"fsdp": 4, "sequence": 2}, (2, 2)),
+    ],
+    ids=str,
+)
+def test_tokens_are_exchanged_in_stages(sizes, stages, few_are_many):
+    """From the chips that have some of their channels to those that have them whole, and gradients back."""
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
+    before, after = PartitionSpec("data", "sequence", "fsdp"), PartitionSpec(BATCH_AXES, "sequence")
+    x = jax.device_put(jax.random.normal(jax.random.key(1), (16, 6, DIM)), NamedSharding(mesh, before))
+    wanted = jax.random.normal(jax.random.key(2), x.shape)
+
+    @jax.jit
+    def moved(x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), scattered_in(stages):
+            assert stages_of_exchange(DIM) == stages
+            move = functools.partial(exchanged, stages=stages, before=before, after=after)
+            return move(x), jax.grad(lambda x: jnp.sum(move(x) * wanted))(x)
+
+    y, gradient = moved(x)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(gradient, wanted)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, after), 3)
+    assert str(jax.make_jaxpr(moved)(x)).count("all_to_all[") == 3 * len(stages)
 
 
 def test_frozen_weights_have_no_gradient_to_sum(few_are_many):
