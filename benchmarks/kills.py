@@ -32,8 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jaxft.distributed import initialize
 from jaxft.distributed.link import PROCESS_LOST
-from jaxft.training import read_metrics
-from tests.distributed.job import Job, steps_done, train_all, train_slowly
+from tests.distributed.job import Job, losses, steps_done, train_all, train_slowly
 from tests.training.tiny import write_tiny
 
 STEPS, DEVICES = 40, 4
@@ -51,10 +50,6 @@ SECTIONS: dict[str, Any] = {
 def join_and_train(rank: int, *arguments: Any) -> None:
     initialize(timeout=ROLL_CALL)
     train_slowly(rank, *arguments)
-
-
-def losses(output: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record]
 
 
 def check(job: Job, number: int, victim: int, codes: list[int | None], is_done: bool) -> str:

@@ -32,7 +32,7 @@ from jaxft.distributed import (
 )
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model, load_pretrained
-from jaxft.training import train
+from jaxft.training import read_metrics, train
 from tests.training.tiny import tiny_config
 
 _context = multiprocessing.get_context("forkserver")
@@ -136,6 +136,11 @@ def _enter(log: Path, port: int, count: int, rank: int, devices: int, target: Ca
         target(rank, *arguments)
     finally:
         atexit._run_exitfuncs()  # as at the end of a program of its own; multiprocessing leaves them out
+
+
+def losses(output: Path) -> list[float]:
+    """Of the steps of a run, in the order in which they were taken."""
+    return [record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record]
 
 
 def train_all(_rank: int, directory: Path, runs: Sequence[tuple[Path, dict[str, Any]]]) -> None:

@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,8 +17,17 @@ from jaxft.distributed.link import FAILED, PROCESS_LOST
 from jaxft.distributed.processes import Place, _is_echo, find_place
 from jaxft.hub import save_pretrained
 from jaxft.models import DecoderConfig, LanguageModel
-from jaxft.training import read_metrics
-from tests.distributed.job import Job, command, free_port, light_work, roll_call, steps_done, train_all, train_slowly
+from tests.distributed.job import (
+    Job,
+    command,
+    free_port,
+    light_work,
+    losses,
+    roll_call,
+    steps_done,
+    train_all,
+    train_slowly,
+)
 from tests.training.tiny import tiny_config, write_tiny
 
 STEPS = 40
@@ -56,10 +64,6 @@ def outputs(directory, tmp_path_factory):
         with Job(root / f"logs-{count}", count, 4 // count, train_all, directory, runs) as job:
             job.finish()
     return {count: root / str(count) for count in (1, 2, 4)}
-
-
-def losses(output: Path) -> list[float]:
-    return [r["loss"] for r in read_metrics(output / "metrics.jsonl") if "loss" in r]
 
 
 @pytest.mark.parametrize("method", METHODS)
