@@ -33,10 +33,10 @@ from jaxft.distributed import (
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model, load_pretrained
 from jaxft.training import read_metrics, train
-from tests.training.tiny import tiny_config
+from tests.training.tiny import IMPORTED_BY_RUNS, tiny_config
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.job"])
+_context.set_forkserver_preload(["tests.distributed.job", *IMPORTED_BY_RUNS])
 
 
 class Job:

@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxft.errors import JaxftError
 from jaxft.training import train
-from tests.training.tiny import tiny_config
+from tests.training.tiny import IMPORTED_BY_RUNS, tiny_config
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.training.run_tiny"])
+_context.set_forkserver_preload(["tests.training.run_tiny", *IMPORTED_BY_RUNS])
 
 
 def start(directory: Path, output: Path, sections: dict[str, Any]) -> multiprocessing.Process:
