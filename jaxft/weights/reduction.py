@@ -6,7 +6,8 @@ the sum an all-reduce of the whole matrix, of which each chip throws most away; 
 matrices on many chips, the gather becomes an all-reduce of pieces padded with zeros. Either sends twice the bytes.
 Along one axis of the torus after the other, both stay what they are. Up to 32 chips XLA gathers and sums while it
 multiplies (collective matrix products), which is better still and left to it; not so where other chips have a copy,
-which is summed too, nor for the matrices of experts, which kernels multiply (`jaxft.weights.ragged`).
+which is summed too, nor for the matrices of experts, which kernels multiply (`jaxft.weights.ragged`). Tokens that
+many chips exchange go in the same stages.
 """
 
 import contextlib
@@ -161,8 +162,8 @@ def exchanged(
     x: Float[Array, "batch seq dim"], stages: Stages, before: PartitionSpec, after: PartitionSpec
 ) -> Float[Array, "batch seq dim"]:
     """`x` from the layout `before`, in which `fsdp` divides `dim`, in the layout `after`, in which it divides the batch
-    last of all axes. A byte passes as many links of a torus in stages as at once, which takes libtpu 30 s to compile on
-    256 chips of v5e, and the gradient another 30 s."""
+    last of all axes. A byte passes as many links of a torus in `stages` as at once. But at once, over 256 chips of a
+    v5e, libtpu compiles for 30 s, and as long for the gradient."""
 
     def local(part: Array) -> Array:
         batch, seq, width = part.shape
