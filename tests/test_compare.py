@@ -1,5 +1,4 @@
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -10,10 +9,10 @@ from jaxft.compare import finished_report, markdown_table, plan, split_values, w
 from jaxft.config_source import ConfigError
 from jaxft.methods import get_method
 from jaxft.picture import draw
+from tests.environment import environment
 from tests.training.tiny import write_tiny
 
-# One device in the processes that a comparison starts: eight would share the cores of one.
-ONE_DEVICE = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+ONE_DEVICE = environment(1)  # in the processes that a comparison starts: eight would share the cores of one
 RUN = """\
 model: {path: model}
 method: {name: lora, rank: 2}

@@ -33,6 +33,7 @@ from jaxft.distributed import (
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model, load_pretrained
 from jaxft.training import read_metrics, train
+from tests.environment import xla_flags
 from tests.training.tiny import IMPORTED_BY_RUNS, tiny_config
 
 _context = multiprocessing.get_context("forkserver")
@@ -120,13 +121,12 @@ def steps_done(output: Path) -> int:
 
 def _enter(log: Path, port: int, count: int, rank: int, devices: int, target: Callable, *arguments: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"  # read at the first use of a device
+    os.environ["XLA_FLAGS"] = xla_flags(devices)  # read at the first use of a device
     os.environ |= {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(rank),
     }
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in two thirds of the time
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

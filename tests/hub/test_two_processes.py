@@ -8,6 +8,7 @@ import sys
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.environment import environment
 from tests.tiny_models import checkpoint
 
 PROGRAM = """
@@ -40,17 +41,12 @@ def test_export_of_params_sharded_over_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    path = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     source, target = checkpoint("qwen3"), tmp_path / "out"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(port), str(rank), str(source), str(target)],
-            env=environment,
+            env=environment(2) | path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

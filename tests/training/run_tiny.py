@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxft.errors import JaxftError
 from jaxft.training import train
+from tests.environment import xla_flags
 from tests.training.tiny import IMPORTED_BY_RUNS, tiny_config
 
 _context = multiprocessing.get_context("forkserver")
@@ -26,7 +27,7 @@ def log(output: Path) -> str:
 
 
 def _run(directory: Path, output: Path, sections: dict[str, Any]) -> None:
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"  # read when the first device is asked for
+    os.environ["XLA_FLAGS"] = xla_flags(1)  # read when the first device is asked for
     file = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
