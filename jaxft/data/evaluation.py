@@ -1,9 +1,9 @@
 """Evaluation sets -> a finite list of batches, the last one filled up with rows of weight 0."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from jaxft.data.columns import Conversation, Question, RowError
 from jaxft.data.config import EvaluationSetConfig, FormatConfig
@@ -14,6 +14,9 @@ from jaxft.data.report import DataReport, SourceReport, check_sources
 from jaxft.data.sources import BadRow
 from jaxft.data.templates import Template, check_bos, render, resolve_template, tokenize_rendered
 from jaxft.errors import JaxftError
+
+if TYPE_CHECKING:  # a second to import
+    from transformers import PreTrainedTokenizerBase
 
 DRAW_SEED = 0  # which examples max_examples takes must not change from run to run
 
@@ -28,7 +31,7 @@ class EvaluationBatches(list[Batch]):
 
 def evaluation_batches(
     config: EvaluationSetConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     seq_len: int,
     batch_size: int,

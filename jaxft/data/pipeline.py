@@ -7,11 +7,11 @@ step, `LocalBatches` lays out this process's rows of one step, and grain reads t
 import hashlib
 import json
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 from absl import flags
-from transformers import PreTrainedTokenizerBase
 
 from jaxft.data.config import DataConfig
 from jaxft.data.examples import Examples, load_examples, show_example
@@ -28,6 +28,9 @@ from jaxft.data.packing import (
 from jaxft.data.report import DataReport, check_sources
 from jaxft.data.templates import Template, resolve_template
 from jaxft.errors import JaxftError
+
+if TYPE_CHECKING:  # a second to import
+    from transformers import PreTrainedTokenizerBase
 
 ENDLESS = 2**48  # steps of a run without a number of epochs
 STATE_VERSION = 1
@@ -283,7 +286,7 @@ def _warnings(examples: Examples, template: Template, report: DataReport) -> lis
 
 
 def _prepare(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, *, strict: bool
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", seed: int, *, strict: bool
 ) -> tuple[Examples, Order, Template, DataReport]:
     template = resolve_template(config, tokenizer)
     examples, sources = load_examples(config.sources, template, seq_len=config.seq_len, truncation=config.truncation)
@@ -315,7 +318,7 @@ def _prepare(
 
 def train_batches(
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     seed: int,
     process_index: int = 0,
@@ -337,7 +340,7 @@ def train_batches(
 
 
 def inspect(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_examples: int = 3, *, seed: int = 0
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", num_examples: int = 3, *, seed: int = 0
 ) -> DataReport:
     """Reads everything and reports it; malformed and overlong rows are listed, not raised.
 

@@ -14,15 +14,17 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from jaxft.data.columns import Conversation, Message, RowError
 from jaxft.data.config import FormatConfig
 from jaxft.errors import JaxftError
+
+if TYPE_CHECKING:  # a second to import
+    from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 # Two answers that differ in their first and in their last character, and that no template rewrites.
@@ -41,7 +43,7 @@ class Rendered:
 class Template:
     """How a run writes conversations and documents: resolved once from the config and the tokenizer."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     chat_template: str | None  # None: the tokenizer's own
     plain: bool  # the plain format instead of a chat template
     plain_messages: bool  # whether it was asked for, and so holds for messages too
@@ -74,7 +76,7 @@ def read_template(given: str | None) -> str | None:
         raise JaxftError(f"chat_template={given!r} {reason}; expected a path, a Jinja template or plain") from None
 
 
-def resolve_template(config: FormatConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
+def resolve_template(config: FormatConfig, tokenizer: "PreTrainedTokenizerBase") -> Template:
     """The template that `config` names, checked before any row is read.
 
     Raises:
@@ -116,7 +118,7 @@ def _any_of(tokens: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
-def _text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _text_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer adds before a text (bos), as opposed to after it."""
     ids = tokenizer("")["input_ids"]
     return ids[: ids.index(tokenizer.bos_token_id) + 1] if tokenizer.bos_token_id in ids else []
