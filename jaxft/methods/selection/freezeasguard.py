@@ -1,5 +1,8 @@
 """FreezeAsGuard: freeze the tensors through which an unwanted domain would be learned."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -93,41 +96,9 @@ def guard_mask(
 ) -> dict[str, Array]:
     """The relaxed mask m in (0, 1) of every matrix of every layer, `[pools, 1]` by path; near 1: to be frozen."""
     base = {p: w.astype(jnp.float32) for p, w in candidates.weights.items()}
-    user, tuned = optax.adam(rates[0]), base
-    moments = user.init(tuned)
-    logits = {p: jnp.full(candidates.units[p], TEMPERATURE * jnp.log(frozen / (1 - frozen))) for p in base}
-
-    def over_entries(m: Array, w: Array) -> Array:
-        return m.reshape(-1, *(1,) * (w.ndim - 1)) if m.size > 1 else m.reshape(())
-
-    @jax.jit
-    def mixed(logits: dict, tuned: dict) -> dict:
-        soft = {p: over_entries(jax.nn.sigmoid(x / TEMPERATURE), base[p]) for p, x in logits.items()}
-        return {p: soft[p] * base[p] + (1 - soft[p]) * tuned[p] for p in base}
-
-    @jax.jit
-    def tune(logits: dict, tuned: dict, moments: optax.OptState, gradient: dict) -> tuple[dict, optax.OptState]:
-        soft = {p: over_entries(jax.nn.sigmoid(x / TEMPERATURE), base[p]) for p, x in logits.items()}
-        updates, moments = user.update({p: (1 - soft[p]) * g for p, g in gradient.items()}, moments)
-        return optax.apply_updates(tuned, updates), moments
-
-    @jax.jit
-    def guard(logits: dict, tuned: dict, gradient: dict) -> dict:
-        # By the chain rule through theta(m), dL/dm of a matrix is <its gradient, theta_0 - theta_tuned>.
-        def through(logits: dict) -> Array:
-            soft = {p: jax.nn.sigmoid(x / TEMPERATURE) for p, x in logits.items()}
-            moved = sum(jnp.sum(over_entries(m, base[p]) * (base[p] - tuned[p]) * gradient[p]) for p, m in soft.items())
-            return moved
-
-        def share(logits: dict) -> Array:
-            soft = jnp.concatenate([jax.nn.sigmoid(x / TEMPERATURE).reshape(-1) for x in logits.values()])
-            return SPARSITY * jnp.square(frozen - soft.mean())
-
-        pull = jax.grad(through)(logits)
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in pull.values()]))
-        pull = {p: g / jnp.maximum(largest, 1e-30) for p, g in pull.items()}
-        return {p: x - rates[1] * (pull[p] + g) for (p, x), g in zip(logits.items(), jax.grad(share)(logits).values())}  # noqa: B905
-
+    tuned, moments = base, optax.adam(rates[0]).init(base)
+    start = TEMPERATURE * math.log(frozen / (1 - frozen))
+    logits = {p: jnp.full(candidates.units[p], start, jnp.float32) for p in base}
     whole = materialize(candidates.params)
 
     def gradients(dense: dict) -> tuple[dict, dict]:
@@ -136,8 +107,50 @@ def guard_mask(
 
     for _ in range(steps):
         for _ in range(USER_STEPS):
-            wanted, unwanted = gradients(mixed(logits, tuned))
-            tuned, moments = tune(logits, tuned, moments, {p: (wanted[p] + unwanted[p]) / 2 for p in base})
-        wanted, unwanted = gradients(mixed(logits, tuned))
-        logits = guard(logits, tuned, {p: (wanted[p] - unwanted[p]) / 2 for p in base})
+            tuned, moments = _tune(rates[0], logits, tuned, moments, *gradients(_mixed(logits, base, tuned)))
+        logits = _guard(rates[1], frozen, logits, base, tuned, *gradients(_mixed(logits, base, tuned)))
+    return _soft(logits)
+
+
+@jax.jit
+def _soft(logits: dict) -> dict:
     return {p: jax.nn.sigmoid(x / TEMPERATURE) for p, x in logits.items()}
+
+
+def _over_entries(m: Array, w: Array) -> Array:
+    return m.reshape(-1, *(1,) * (w.ndim - 1)) if m.size > 1 else m.reshape(())
+
+
+@jax.jit
+def _mixed(logits: dict, base: dict, tuned: dict) -> dict:
+    soft = {p: _over_entries(m, base[p]) for p, m in _soft(logits).items()}
+    return {p: soft[p] * base[p] + (1 - soft[p]) * tuned[p] for p in base}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tune(
+    rate: float, logits: dict, tuned: dict, moments: optax.OptState, wanted: dict, unwanted: dict
+) -> tuple[dict, optax.OptState]:
+    """A step of the user, on legal and illegal data alike."""
+    soft = {p: _over_entries(m, tuned[p]) for p, m in _soft(logits).items()}
+    gradient = {p: (1 - soft[p]) * (wanted[p] + unwanted[p]) / 2 for p in tuned}
+    updates, moments = optax.adam(rate).update(gradient, moments)
+    return optax.apply_updates(tuned, updates), moments
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _guard(rate: float, frozen: float, logits: dict, base: dict, tuned: dict, wanted: dict, unwanted: dict) -> dict:
+    """A step of the guard: the user shall learn what is legal and not what is illegal."""
+
+    def through(logits: dict) -> Array:
+        # By the chain rule through theta(m), dL/dm of a matrix is <its gradient, theta_0 - theta_tuned>.
+        soft = {p: _over_entries(m, base[p]) for p, m in _soft(logits).items()}
+        return sum(jnp.sum(soft[p] * (base[p] - tuned[p]) * (wanted[p] - unwanted[p]) / 2) for p in base)
+
+    def share(logits: dict) -> Array:
+        soft = jnp.concatenate([m.reshape(-1) for m in _soft(logits).values()])
+        return SPARSITY * jnp.square(frozen - soft.mean())
+
+    pull, even = jax.grad(through)(logits), jax.grad(share)(logits)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in pull.values()]))
+    return {p: x - rate * (pull[p] / jnp.maximum(largest, 1e-30) + even[p]) for p, x in logits.items()}
