@@ -100,7 +100,7 @@ class Trial:
         """The first state, the frozen parameters and the train step."""
         state, frozen = init_state(
             self.method,
-            jax.tree.map(jnp.copy, self.params),
+            _copied(self.params),
             self.optimizer,
             jax.random.key(0),
             self.mesh or make_mesh(MeshConfig(data=1), jax.devices()[:1]),
@@ -153,7 +153,7 @@ class Trial:
 
         def keep(step: int, state: TrainState, frozen: Tree) -> tuple[TrainState, Tree]:
             if step == self.middle:
-                self._middle.append(jax.tree.map(jnp.copy, (state, frozen)))
+                self._middle.append(_copied((state, frozen)))
             return state, frozen
 
         return self.train(after=keep)
@@ -228,6 +228,9 @@ class Trial:
             return jax.tree.map(lambda g: g != 0, pull(treedef.unflatten(back))[0])
 
         return _by_path(run(tuned._replace(state=())))
+
+
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 def _host(tree: Tree) -> Tree:

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from jaxft.methods import methods
 from jaxft.runs import load
 from jaxft.training import read_metrics
 from jaxft.weights import materialize
+from tests.environment import environment
 from tests.training.tiny import write_tiny
 
 RUN = """\
@@ -77,6 +77,9 @@ def test_help_starts_fast_and_shows_examples(cli):
     seconds = time.monotonic() - began
     assert result.stdout.rstrip().endswith("False")  # jax was not imported
     assert seconds < 10  # under 1 s on an idle machine; tests share theirs
+    code = "import sys, jaxft.training; print({'datasets', 'matplotlib', 'torch', 'transformers'} & set(sys.modules))"
+    slow = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert slow.stdout == "set()\n"  # nor by a run what takes seconds, before it is needed
     for name in ("train", "compare", "eval", "generate", "export", "data", "methods"):
         assert name in result.stdout
         code, out, _ = cli(name, "--help")
@@ -312,8 +315,7 @@ def test_smoke_runs_a_recipe_small_and_keeps_nothing(home):
         "training.steps=1000",
         "data.batch_size=512",
     ]
-    one_device = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    result = subprocess.run(command, cwd=home, capture_output=True, text=True, env=one_device, timeout=200)
+    result = subprocess.run(command, cwd=home, capture_output=True, text=True, env=environment(1), timeout=200)
     assert result.returncode == 0, result.stderr
     assert "Smoke test passed" in result.stdout
     assert sorted(p.name for p in home.iterdir()) == before

@@ -73,7 +73,17 @@ def materialize_rule(w: Weight) -> Array:
 
 def materialize(tree: Tree) -> Tree:
     """Replace every node of `tree` by the array it means; arrays stay as they are, on the device."""
-    return jax.tree.map(lambda w: materialize_rule(fetch(w)), tree, is_leaf=is_node)
+
+    def one(w: Weight) -> Array:
+        w = fetch(w)
+        # Outside of a jitted function a node is one program, not one for each operation of its rule.
+        is_value = is_node(w) and not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(w))
+        return _jitted_rule(w) if is_value else materialize_rule(w)
+
+    return jax.tree.map(one, tree, is_leaf=is_node)
+
+
+_jitted_rule = jax.jit(materialize_rule)
 
 
 def value(w: Weight, dtype: Any = None) -> Array:

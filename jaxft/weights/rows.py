@@ -58,6 +58,7 @@ def _replace(base: Array, rows: Array, index: Array, axis: int) -> Array:
     return jnp.asarray(base).at[:, index].set(rows, mode="drop")
 
 
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def gather_rows(matrix: Array, index: Array, axis: int) -> Array:
     """Slices of `[*layers, (experts,) d_in, d_out]` along `axis` at `index [*layers, k]`; zeros for padding."""
     where = index[..., None, :] if axis == -1 else index.reshape(*index.shape, *(1,) * (-axis - 1))

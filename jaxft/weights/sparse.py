@@ -53,6 +53,7 @@ def _scatter_add(base: Array, values: Array, indices: Array) -> Array:
     return jnp.asarray(base).at[_coordinates(indices, base.shape)].add(values.astype(base.dtype), mode="drop")
 
 
+@functools.partial(jax.jit, inline=True)
 def gather_flat(matrix: Array, indices: Array) -> Array:
     """Entries of `matrix` at flat positions; zero where the position is padding."""
     return matrix.at[_coordinates(indices, matrix.shape)].get(mode="fill", fill_value=0)
@@ -154,6 +155,7 @@ def _to_blocks(matrix: Array, p: int, q: int) -> Array:
     return matrix.reshape(d_in // p, p, d_out // q, q).swapaxes(1, 2).reshape(-1, p, q)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 def gather_blocks(matrix: Array, index: Array, p: int, q: int) -> Array:
     """Blocks `[..., m, p, q]` of matrices `[..., d_in, d_out]` by flat block number; zeros for padding."""
     if index.ndim > 1:

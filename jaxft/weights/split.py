@@ -53,13 +53,24 @@ class Split(Node):
 
 def split_layers(stack: Weight, is_trainable: Bool[Array, " layers"], k: int) -> Split:
     """Cut a stack `[L, ...]` by a mask with exactly `k` true entries. `k` is static, the mask may be traced."""
+    order, slot = _order_and_slot(is_trainable, k)
+    trainable, frozen = _cut(stack, order, k)
+    return Split(trainable, frozen, is_trainable.astype(bool), slot)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _order_and_slot(is_trainable: Bool[Array, " layers"], k: int) -> tuple[Int[Array, " layers"], ...]:
     order = jnp.argsort(~is_trainable, stable=True)  # the layers that train first, each group in layer order
     slot = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-    slot = jnp.where(is_trainable, slot, slot - k).astype(jnp.int32)
-    trainable, frozen = (
+    return order, jnp.where(is_trainable, slot, slot - k).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _cut(stack: Weight, order: Int[Array, " layers"], k: int) -> tuple[Weight, Weight]:
+    first, rest = (
         jax.tree.map(lambda a, layers=layers: jnp.take(a, layers, axis=0), stack) for layers in (order[:k], order[k:])
     )
-    return Split(trainable, frozen, is_trainable.astype(bool), slot)
+    return first, rest
 
 
 def resplit(w: Split, is_trainable: Bool[Array, " layers"]) -> Split:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -77,6 +78,7 @@ def cofitune(
     return Method(init)
 
 
+@jax.jit
 def importance(gates: Float[Array, "layers units"]) -> Float[Array, "layers units"]:
     """|tanh| of the derivatives by gates, standardised within each layer: in [0, 1)."""
     centred = gates - gates.mean(-1, keepdims=True)

@@ -53,7 +53,7 @@ def sara(budget: float | int = 0.1, adjustments: int = 1, nuclear: float = 5e-4,
     def init(rng: PRNGKeyArray, params: Tree, probe: Probe) -> Tuned:
         tuned = start.init(rng, params, probe)
         nodes = {p: w for p, w in weights_by_path(combine(tuned)).items() if p in tuned.state}
-        threshold = jnp.max(jnp.stack([jnp.max(jnp.abs(_entries(w))) for w in nodes.values()]))
+        threshold = jnp.max(jnp.stack([_largest(w) for w in nodes.values()]))
         return tuned._replace(state={**tuned.state, THRESHOLD: threshold})
 
     def update(rng: PRNGKeyArray, tuned: Tuned, opt_state: Any, signals: Signals, step: int) -> tuple[Tuned, Any]:
@@ -83,6 +83,11 @@ def _entries(w: SparseDelta) -> Array:
     dense = materialize(w.base) if is_node(w.base) else w.base
     take = jax.vmap(gather_flat) if w.indices.ndim > 1 else gather_flat
     return take(dense, w.indices).astype(jnp.float32) + materialize(w.values)
+
+
+@jax.jit
+def _largest(w: SparseDelta) -> Float[Array, ""]:
+    return jnp.max(jnp.abs(_entries(w)))
 
 
 @jax.jit

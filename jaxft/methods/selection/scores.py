@@ -236,15 +236,19 @@ def change(steps: int = 100, relative: bool = False) -> Score:
     def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
         start = materialize(candidates.params)
         trained = probe.train(start, full(on="|".join(candidates.weights)), steps)
-        after, found = weights_by_path(trained), {}
-        for path, w in candidates.weights.items():
-            moved = jnp.abs(after[path].astype(jnp.float32) - w.astype(jnp.float32))
-            axes = tuple(range(max(w.ndim - 2, 0), w.ndim))
-            norm = jnp.sqrt(jnp.mean(jnp.square(w.astype(jnp.float32)), axis=axes, keepdims=True))
-            found[path] = moved / jnp.maximum(norm, 1e-12) if relative else moved
-        return found
+        after = weights_by_path(trained)
+        return {path: _moved(after[path], w, relative) for path, w in candidates.weights.items()}
 
     return score
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _moved(after: Array, before: Array, relative: bool) -> Array:
+    after, before = after.astype(jnp.float32), before.astype(jnp.float32)
+    moved = jnp.abs(after - before)
+    axes = tuple(range(max(before.ndim - 2, 0), before.ndim))
+    norm = jnp.sqrt(jnp.mean(jnp.square(before), axis=axes, keepdims=True))
+    return moved / jnp.maximum(norm, 1e-12) if relative else moved
 
 
 def activation(batches: int = 8) -> Score:

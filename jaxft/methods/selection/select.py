@@ -1,13 +1,14 @@
 """`select`: any selection, as score x granularity x budget x schedule x what happens when it is drawn again."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, Signals, fold_in, rewrite
@@ -253,7 +254,9 @@ def choose(
 def as_values(*arrays: Array) -> contextlib.AbstractContextManager:
     """Where `init` is traced over abstract weights, what follows from values (random scores) stays a value."""
     traced = any(isinstance(a, jax.core.Tracer) for a in arrays)
-    return contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
+    # Where nothing is traced it would do no more than fold the constants of jitted functions, one program for each.
+    plain = not isinstance(jnp.empty(()), jax.core.Tracer)
+    return contextlib.nullcontext() if traced or plain else jax.ensure_compile_time_eval()
 
 
 def _check(granularity: str, per: Per | None, size: int, due: object, values: str, budget: Budget, lowest: bool) -> Per:
@@ -341,14 +344,20 @@ def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: boo
         return cut
     windows, start, held = pack(rows, n)
     axis = unit_axis(cut)
-    first = jnp.moveaxis(trained, axis, index.ndim - 1)
-    flat = first.reshape(-1, *first.shape[index.ndim :])[held]
     # Some zeros at the end, where they are few, so that the array divides over a mesh.
     length = next(n for unit in (256, 16, 1) if (n := -(-held.size // unit) * unit) <= 1.02 * held.size)
-    flat = jnp.moveaxis(jnp.pad(flat, ((0, length - held.size), *((0, 0),) * (flat.ndim - 1))), 0, axis)
+    flat = _end_to_end(trained, held, index.ndim - 1, axis, length)
     start = jnp.asarray(start.reshape(index.shape[:-1]))
     trained = Packed(Trains(flat), start, index.shape[-1], axis % flat.ndim)
     return cut.replace(**{field: trained, where: jnp.asarray(windows.reshape(index.shape))})
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _end_to_end(trained: Array, held: Int[Array, " n"], num_stacked: int, axis: int, length: int) -> Array:
+    """The units `held` of the rows of a stack, along `axis`, and zeros up to `length`."""
+    first = jnp.moveaxis(trained, axis, num_stacked)
+    flat = first.reshape(-1, *first.shape[num_stacked + 1 :])[held]
+    return jnp.moveaxis(jnp.pad(flat, ((0, length - held.size), *((0, 0),) * (flat.ndim - 1))), 0, axis)
 
 
 def _cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> UnitNode:
@@ -373,6 +382,7 @@ def cut_layers(w: Array, mask: np.ndarray) -> Weight:
     return cut.replace(trainable=Trains(cut.trainable))
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def spell_out(index: Array, size: int) -> Array:
     """Groups of `size` consecutive slices, `[..., k]`, as their slices, `[..., k * size]`."""
     slices = index[..., None] * size + jnp.arange(size, dtype=index.dtype)

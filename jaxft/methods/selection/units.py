@@ -186,8 +186,10 @@ def positions(mask: Bool[Array, "pools n"], k: int) -> Int[Array, "pools k"]:
     n = mask.shape[-1]
     if n >= 2**31:
         raise JaxftError(f"{n} entries in one layer do not fit a 32-bit index")
-    # Row after row: a device counts a whole one.
-    return jax.lax.map(lambda row: jnp.nonzero(row, size=k, fill_value=n)[0], mask).astype(jnp.int32)
+    nth = jnp.arange(1, k + 1, dtype=jnp.int32)
+    # Row after row: a device counts a whole one. Where a running count reaches a number first is the place of that one.
+    found = jax.lax.map(lambda row: jnp.searchsorted(jnp.cumsum(row, dtype=jnp.int32), nth), mask)
+    return found.astype(jnp.int32)
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
@@ -307,7 +309,7 @@ def spend(
     for path, s in scores.items():
         if isinstance(s, jax.core.Tracer):
             raise jax.errors.ConcretizationTypeError(s, f'a budget is shared by several matrices, among them "{path}"')
-    barred = {p: jnp.where(jnp.asarray(may[p])[:, None], s, -jnp.inf) for p, s in scores.items()}
+    barred = {p: _barred(s, may[p]) for p, s in scores.items()}
     if per == "layer":
         return _spend_per_layer(barred, allowed, budget, units)
     pools: dict[str, list[str]] = {}
@@ -319,6 +321,11 @@ def spend(
         for path, mask in best_of_all({p: barred[p] for p in paths}, budget_count(budget, total, units)).items():
             chosen[path] = mask, int(mask.sum(-1, dtype=jnp.int32).max())
     return chosen
+
+
+@jax.jit
+def _barred(scores: Float[Array, "pools n"], may: Bool[Array, " pools"]) -> Float[Array, "pools n"]:
+    return jnp.where(may[:, None], scores, -jnp.inf)
 
 
 def _spend_on_matrices(
