@@ -319,7 +319,7 @@ class Checkpointer:
                 path = epath.Path(self.directory)
                 path.mkdir(parents=True, exist_ok=True)
                 for unfinished in path.glob("*.orbax-checkpoint-tmp*"):  # Orbax does so too, but some time later
-                    unfinished.rmtree(missing_ok=True)
+                    _remove(unfinished)
                 if jax.process_count() > 1:
                     mark = path / f".shared-{os.getpid()}-{time.time_ns()}"
                     mark.touch()
@@ -591,6 +591,17 @@ class Checkpointer:
 
 def _one_checksum(leaf: Any) -> str:
     return checksums({"leaf": leaf})["leaf"]
+
+
+def _remove(folder: epath.Path, attempts: int = 50) -> None:
+    """Removes a folder into which a save that failed, or a process that is about to end, may still write."""
+    for left in reversed(range(attempts)):
+        try:
+            return folder.rmtree(missing_ok=True)
+        except OSError:
+            if not left:
+                raise
+            time.sleep(0.1)
 
 
 def _complete_steps(directory: str) -> list[int]:

@@ -1,5 +1,6 @@
 """Checkpoints: whole, atomic, verified, independent of the mesh, no larger than what cannot be rebuilt."""
 
+import contextlib
 import gc
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -155,6 +157,25 @@ def test_a_frozen_leaf_that_changed_is_stored(tmp_path):
 def test_large_integer_codes_are_rebuilt_small_masks_are_stored():
     frozen = {"codes": jnp.arange(4096, dtype=jnp.uint8), "scales": jnp.ones(8), "slot": jnp.arange(8)}
     assert set(rebuildable(frozen, {}, trained_bytes=1024)) == {"codes"}
+
+
+def test_what_a_failed_save_still_writes_is_removed_once_it_has_ended(tmp_path):
+    """The threads of a save do not end with it: they may write into a folder that the next start removes."""
+    folder = tmp_path / "4.orbax-checkpoint-tmp" / "arrays"
+    folder.mkdir(parents=True)
+    ends = time.monotonic() + 1
+
+    def write() -> None:
+        while time.monotonic() < ends:
+            with contextlib.suppress(FileNotFoundError):
+                for i in range(200):
+                    (folder / str(i)).touch()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with Checkpointer(tmp_path):
+        assert not folder.parent.exists()
+    writer.join()
 
 
 def test_keeps_the_last_and_the_best(tmp_path):
