@@ -22,6 +22,7 @@ from jaxft.weights import (
     Tree,
     embed,
     embed_rule,
+    is_node,
     linear,
     materialize,
     parted,
@@ -32,7 +33,14 @@ from jaxft.weights import (
     unembed_rule,
     value,
 )
-from jaxft.weights.reduction import exchanged, scattered_in, stages_of_exchange
+from jaxft.weights.reduction import (
+    BATCH_AXES,
+    Stages,
+    exchanged,
+    matmul_of_columns,
+    scattered_in,
+    stages_of_exchange,
+)
 
 
 def head_of(model: Any, params: Tree) -> Tree:
@@ -151,16 +159,20 @@ class LanguageModel:
         middle = (None,) * (hidden.ndim - 3)
         layout = ("replicas", *middle, "sequence") if hidden.ndim > 2 else ("replicas",) * (hidden.ndim - 1)
         divided = mesh_axes("vocab", self.config.vocab_size) is not None
-        if divided:
-            hidden = _to_head(hidden, layout)
         params = self.head(params)
         head = params.get("head", {})
+        whole = None if "parted" in params else head["kernel"] if head else params["embed"]["embedding"]
+        stages = _stages_to_head(hidden, self.config.vocab_size) if whole is not None and not is_node(whole) else ()
+        if divided and not stages:
+            hidden = _to_head(hidden, layout)
         with scattered_in(None):  # over `fsdp` lie the columns of a head, not its rows
-            if "parted" in params:
+            if whole is None:
                 table, rows = params["parted"]
                 scores = unembed_parted(hidden, table.astype(hidden.dtype), rows)
+            elif stages:
+                scores = matmul_of_columns(hidden, (whole if head else whole.T).astype(hidden.dtype), stages)
             else:
-                scores = linear(hidden, head["kernel"]) if head else unembed(hidden, params["embed"]["embedding"])
+                scores = linear(hidden, whole) if head else unembed(hidden, whole)
         scores = (constrain(scores, *layout, "vocab") if divided else scores).astype(jnp.float32)
         scores = scores + value(head["bias"], jnp.float32) if "bias" in head else scores
         cap = self.config.final_logit_softcapping
@@ -237,6 +249,15 @@ def _to_head_backward(layout: tuple[str | None, ...], _: None, g: Array) -> tupl
 
 
 _to_head.defvjp(lambda hidden, layout: (_to_head(hidden, layout), None), _to_head_backward)
+
+
+def _stages_to_head(hidden: Float[Array, "... dim"], vocab: int) -> Stages:
+    """The stages in which hidden states are gathered for a head, and their gradient scattered; none where XLA does."""
+    size = jax.sharding.get_abstract_mesh().shape
+    if hidden.ndim != 3 or mesh_axes("vocab", vocab) != ("fsdp",):
+        return ()
+    rows, columns = hidden.shape[0] % math.prod(size[axis] for axis in BATCH_AXES), hidden.shape[1] % size["sequence"]
+    return () if rows or columns else stages_of_exchange(hidden.shape[-1])
 
 
 def _prepend(prompt: Array, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Array, Array]:

@@ -176,6 +176,22 @@ def exchanged(
     return jax.shard_map(local, in_specs=before, out_specs=after, check_vma=False)(x)
 
 
+def matmul_of_columns(
+    x: Float[Array, "batch seq dim"], w: Float[Array, "dim columns"], stages: Stages
+) -> Float[Array, "batch seq columns"]:
+    """`x @ w` of a weight whose columns are divided over `fsdp`, which divides the batch of `x` last of all axes: the
+    rows of `x` are gathered in `stages`, and their gradient is scattered. XLA would sum it on all of many chips."""
+
+    def local(x: Array, w: Array) -> Array:
+        for chips in reversed(list(_groups(stages))):
+            x = lax.all_gather(x, "fsdp", axis_index_groups=chips, axis=0, tiled=True)
+        return jnp.matmul(x, w)
+
+    rows, columns = PartitionSpec(BATCH_AXES, "sequence"), PartitionSpec(None, "fsdp")
+    result = PartitionSpec(BATCH_AXES[:-1], "sequence", "fsdp")
+    return jax.shard_map(local, in_specs=(rows, columns), out_specs=result, check_vma=False)(x, w)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scattered_matmul(
     x: Float[Array, "batch seq d_in"], w: Float[Array, "d_in d_out"], stages: Stages

@@ -288,6 +288,32 @@ def test_looked_up_tokens_are_exchanged_in_stages_on_many_chips(stages, rows, ex
     np.testing.assert_allclose(hidden(placed), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("stages", "rows", "scatters"), [((2, 4), 8, 2), ((2, 4), 4, 0), ((8,), 8, 0)], ids=str)
+def test_the_gradient_of_hidden_states_is_scattered_in_stages_on_many_chips(tied, stages, rows, scatters, monkeypatch):
+    """Where rows divide over them: XLA would sum it whole on all of them. A head that is a node is left to XLA."""
+    monkeypatch.setattr(reduction, "FEWEST", 8)
+    config = DecoderConfig("llama", 96, 32, 48, 1, 4, 2, 8, tie_embeddings=tied)
+    model, hidden = LanguageModel(config), jax.random.normal(jax.random.key(1), (rows, 12, 32))
+    params = model.init(jax.random.key(0))
+    mesh = make_mesh(MeshConfig(fsdp=8))
+
+    def gradients(params, hidden):
+        return jax.grad(lambda *args: jnp.sum(jnp.sin(model.logits(*args))), (0, 1))(params, hidden)
+
+    def on_mesh(params, hidden):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), reduction.scattered_in(stages):
+            return gradients(params, hidden)
+
+    placed = jax.device_put((params, hidden), NamedSharding(mesh, PartitionSpec()))
+    assert str(jax.make_jaxpr(on_mesh)(*placed)).count("reduce_scatter[") == scatters
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(near, jax.jit(on_mesh)(*placed), gradients(params, hidden))
+    if not tied:
+        head = {"kernel": LowRank(params["head"]["kernel"], jnp.ones((32, 2)), jnp.ones((2, 96)))}
+        assert "reduce_scatter[" not in str(jax.make_jaxpr(on_mesh)(params | {"head": head}, hidden))
+
+
 def constrained(jaxpr):
     """`(primitive that made it, shape, spec)` of every array whose layout is stated in a program."""
     made = {v: e.primitive.name for e in jaxpr.eqns for v in e.outvars}

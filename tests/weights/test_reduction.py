@@ -14,7 +14,14 @@ from jaxft.distributed.mesh import torus_stages
 from jaxft.weights import Axes, SparseDelta, linear, ragged_linear, reduction, split_layers
 from jaxft.weights.core import scan_layers
 from jaxft.weights.ragged import UNDIVIDED
-from jaxft.weights.reduction import BATCH_AXES, exchanged, scattered_in, stages_for, stages_of_exchange
+from jaxft.weights.reduction import (
+    BATCH_AXES,
+    exchanged,
+    matmul_of_columns,
+    scattered_in,
+    stages_for,
+    stages_of_exchange,
+)
 
 LAYERS, DIM = 4, 16
 
@@ -159,6 +166,43 @@ def test_tokens_are_exchanged_in_stages(sizes, stages, few_are_many):
     np.testing.assert_array_equal(gradient, wanted)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, after), 3)
     assert str(jax.make_jaxpr(moved)(x)).count("all_to_all[") == 3 * len(stages)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stages"),
+    [
+        ({"fsdp": 8}, (2, 4)),
+        ({"fsdp": 8}, (2, 2, 2)),
+        ({"data": 2, "fsdp": 4}, (2, 2)),
+        ({"fsdp": 4, "sequence": 2}, (2, 2)),
+    ],
+    ids=str,
+)
+def test_rows_are_gathered_for_divided_columns_and_their_gradient_is_scattered(sizes, stages):
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
+    rows, columns = PartitionSpec(BATCH_AXES, "sequence"), PartitionSpec(None, "fsdp")
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(16, 6, DIM), (DIM, 24)]))
+    placed = jax.device_put((x, w), (NamedSharding(mesh, rows), NamedSharding(mesh, columns)))
+
+    def of(product, x, w):
+        y = product(x, w)
+        return jnp.sum(jnp.sin(y)), y
+
+    @jax.jit
+    def divided(x, w):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            product = functools.partial(matmul_of_columns, stages=stages)
+            return jax.value_and_grad(functools.partial(of, product), (0, 1), has_aux=True)(x, w)
+
+    expected = jax.value_and_grad(functools.partial(of, jnp.matmul), (0, 1), has_aux=True)(x, w)
+    found = divided(*placed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+    (_, y), gradients = found
+    places = (PartitionSpec(BATCH_AXES[:-1], "sequence", "fsdp"), rows, columns)
+    for array, spec in zip((y, *gradients), places, strict=True):
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim)
+    text = str(jax.make_jaxpr(divided)(*placed))
+    assert text.count("all_gather[") == text.count("reduce_scatter[") == len(stages)
 
 
 def test_frozen_weights_have_no_gradient_to_sum(few_are_many):
