@@ -34,11 +34,11 @@ from jaxft.weights import (
     value,
 )
 from jaxft.weights.reduction import (
-    BATCH_AXES,
     Stages,
     exchanged,
     matmul_of_columns,
     scattered_in,
+    stages_for,
     stages_of_exchange,
 )
 
@@ -253,11 +253,7 @@ _to_head.defvjp(lambda hidden, layout: (_to_head(hidden, layout), None), _to_hea
 
 def _stages_to_head(hidden: Float[Array, "... dim"], vocab: int) -> Stages:
     """The stages in which hidden states are gathered for a head, and their gradient scattered; none where XLA does."""
-    size = jax.sharding.get_abstract_mesh().shape
-    if hidden.ndim != 3 or mesh_axes("vocab", vocab) != ("fsdp",):
-        return ()
-    rows, columns = hidden.shape[0] % math.prod(size[axis] for axis in BATCH_AXES), hidden.shape[1] % size["sequence"]
-    return () if rows or columns else stages_of_exchange(hidden.shape[-1])
+    return stages_for(hidden) if mesh_axes("vocab", vocab) == ("fsdp",) else ()
 
 
 def _prepend(prompt: Array, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Array, Array]:

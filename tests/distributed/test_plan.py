@@ -674,6 +674,8 @@ def test_weight_gradients_are_scattered_over_a_torus(name, where, sides_of_torus
     assert stages and {c.group for c in stages} == sides_of_torus, "along one axis of the torus, then the other"
     moved = [dims for c in found.collectives if c.kind != "all-reduce" for _, dims in c.result]
     assert not any(VOCAB in dims for dims in moved), "a head is divided by vocabulary, and stays where it is"
+    summed = [dims for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result]
+    assert not any(math.prod(dims) >= 64 * SEQ * DIM / slices for dims in summed), "nor hidden states of all rows"
 
 
 @needs_compiler
