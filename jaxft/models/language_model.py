@@ -34,7 +34,6 @@ from jaxft.weights import (
     value,
 )
 from jaxft.weights.reduction import (
-    Stages,
     exchanged,
     matmul_of_columns,
     scattered_in,
@@ -162,7 +161,8 @@ class LanguageModel:
         params = self.head(params)
         head = params.get("head", {})
         whole = None if "parted" in params else head["kernel"] if head else params["embed"]["embedding"]
-        stages = _stages_to_head(hidden, self.config.vocab_size) if whole is not None and not is_node(whole) else ()
+        is_array = whole is not None and not is_node(whole)
+        stages = stages_for(hidden) if is_array and mesh_axes("vocab", self.config.vocab_size) == ("fsdp",) else ()
         if divided and not stages:
             hidden = _to_head(hidden, layout)
         with scattered_in(None):  # over `fsdp` lie the columns of a head, not its rows
@@ -249,11 +249,6 @@ def _to_head_backward(layout: tuple[str | None, ...], _: None, g: Array) -> tupl
 
 
 _to_head.defvjp(lambda hidden, layout: (_to_head(hidden, layout), None), _to_head_backward)
-
-
-def _stages_to_head(hidden: Float[Array, "... dim"], vocab: int) -> Stages:
-    """The stages in which hidden states are gathered for a head, and their gradient scattered; none where XLA does."""
-    return stages_for(hidden) if mesh_axes("vocab", vocab) == ("fsdp",) else ()
 
 
 def _prepend(prompt: Array, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Array, Array]:

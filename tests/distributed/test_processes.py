@@ -86,7 +86,7 @@ def test_told_to_stop_or_killed_it_resumes_with_another_number_of_processes(dire
     with start("told", 2) as job:
         job.send(1, signal.SIGTERM, lambda: steps_done(output) >= 2)
         assert job.wait() == [143, 143], job.logs()
-    (step,) = re.findall(r"stopped after step (\d+) of 24 and saved .*; the same command resumes", job.log(0))
+    (step,) = re.findall(rf"stopped after step (\d+) of {STEPS} and saved .*; the same command resumes", job.log(0))
     assert (output / "checkpoints" / step).is_dir() and 2 <= int(step) < STEPS
     assert not re.search("^error:", job.log(0) + job.log(1), re.MULTILINE), job.logs()
 
@@ -94,7 +94,7 @@ def test_told_to_stop_or_killed_it_resumes_with_another_number_of_processes(dire
     with start("told again", 2) as job:
         job.send(0, signal.SIGTERM, lambda: "resuming after step" in job.log(0))
         assert job.wait() == [143, 143], job.logs()
-    (again,) = re.findall(r"stopped after step (\d+) of 24 and saved", job.log(0))
+    (again,) = re.findall(rf"stopped after step (\d+) of {STEPS} and saved", job.log(0))
     assert int(step) < int(again) <= int(step) + 2
     step = again
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.partition import Trains, Tuned, combine, split
+from jaxft.training.compilation import CompilationLog
 from jaxft.weights import (
     Anchored,
     BlockSplit,
@@ -421,3 +422,11 @@ def test_weights_on_the_host_mean_the_same(name):
     params = combine(cut(name))
     on_host = materialize(jax.tree.map(np.asarray, params))["w"]
     np.testing.assert_allclose(on_host, materialize(params)["w"], rtol=1e-6, atol=1e-6)
+
+
+def test_outside_of_a_step_a_node_is_one_program():
+    """Whatever its rule does: for every operation of it there would be one, for each shape."""
+    w = SparseDelta(jnp.ones((3, 7, 11)), jnp.ones((3, 5)), jnp.tile(jnp.arange(5), (3, 1)))
+    with CompilationLog() as log:
+        materialize(w)
+    assert log.programs == 1

@@ -137,7 +137,7 @@ def test_large_matrices_are_gathered_in_stages_on_three_axes_only(stages, few_ar
     assert "reduce_scatter" in text and ("all_gather" in text) == (len(stages) == 3)
 
 
-@pytest.mark.parametrize(
+on_meshes = pytest.mark.parametrize(
     ("sizes", "stages"),
     [
         ({"fsdp": 8}, (2, 4)),
@@ -147,6 +147,9 @@ def test_large_matrices_are_gathered_in_stages_on_three_axes_only(stages, few_ar
     ],
     ids=str,
 )
+
+
+@on_meshes
 def test_tokens_are_exchanged_in_stages(sizes, stages, few_are_many):
     """From the chips that have some of their channels to those that have them whole, and gradients back."""
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
@@ -168,16 +171,7 @@ def test_tokens_are_exchanged_in_stages(sizes, stages, few_are_many):
     assert str(jax.make_jaxpr(moved)(x)).count("all_to_all[") == 3 * len(stages)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "stages"),
-    [
-        ({"fsdp": 8}, (2, 4)),
-        ({"fsdp": 8}, (2, 2, 2)),
-        ({"data": 2, "fsdp": 4}, (2, 2)),
-        ({"fsdp": 4, "sequence": 2}, (2, 2)),
-    ],
-    ids=str,
-)
+@on_meshes
 def test_rows_are_gathered_for_divided_columns_and_their_gradient_is_scattered(sizes, stages):
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
     rows, columns = PartitionSpec(BATCH_AXES, "sequence"), PartitionSpec(None, "fsdp")

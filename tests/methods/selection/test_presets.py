@@ -44,6 +44,7 @@ from jaxft.methods.selection.s2ft import permute_channels
 from jaxft.methods.selection.sara import nuclear_norm, still_small
 from jaxft.methods.selection.spiel import regrow
 from jaxft.partition import combine, split, weights_by_path
+from jaxft.training.compilation import CompilationLog
 from jaxft.weights import (
     Damped,
     Grafted,
@@ -490,6 +491,10 @@ def test_the_guard_freezes_what_the_unwanted_domain_needs():
     data = Probe(loss_fn=planted, batches=lambda: iter([wanted]), sets=sets, total_steps=10)
     method = freezeasguard(frozen=0.5, guard_steps=20, user_rate=0.05, batches=1, on="layers.mlp")
     tuned = method.init(KEY, tree, data)
+    other = jax.tree.map(lambda w: w + 1, tree)
+    with CompilationLog() as log:
+        method.init(KEY, other, data)
+    assert not log.programs, "weights are no constants of its programs"
     trained = {p for p, w in weights_by_path(tuned.trainable).items() if jax.tree.leaves(w)}
     assert trained == {"layers.mlp.up.kernel"} and count_trainable(tuned) == 2 * 16  # half of four matrices
     np.testing.assert_array_equal(nodes(tuned)["layers.mlp.up.kernel"], tree["layers"]["mlp"]["up"]["kernel"])
