@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.partition import map_weights, shape_of, weights_by_path
@@ -107,13 +108,18 @@ def apply(params: Tree, delta: Delta) -> Tree:
     def one(path: str, w: object) -> object:
         if path not in delta:
             return w
-        e, dense = delta[path], materialize(w)
-        where = tuple(jnp.asarray(i) for i in np.unravel_index(e.indices, e.shape))
-        # Summed in float32 and rounded once, so that small changes of bfloat16 weights are not lost before they count.
-        summed = dense[where].astype(jnp.float32) + e.values
-        return dense.at[where].set(summed.astype(dense.dtype))
+        e = delta[path]
+        return _changed(materialize(w), np.unravel_index(e.indices, e.shape), e.values)
 
     return map_weights(one, params)
+
+
+@jax.jit
+def _changed(
+    dense: Float[Array, "..."], where: tuple[Int[Array, " n"], ...], values: Float[Array, " n"]
+) -> Float[Array, "..."]:
+    """Summed in float32 and rounded once, so that small changes of bfloat16 weights are not lost before they count."""
+    return dense.at[where].set((dense[where].astype(jnp.float32) + values).astype(dense.dtype))
 
 
 def size(delta: Delta) -> int:

@@ -411,6 +411,7 @@ def sparse_changes(loaded: Loaded) -> Delta:
     merged = _merged(loaded)
     kept = loaded.config.model.frozen_dtype if loaded.config is not None else None
 
+    @jax.jit
     def before(new: jax.Array, base: jax.Array) -> jax.Array:
         same = base if kept is None else base.astype(dtype(kept))
         return jnp.where(new == same.astype(new.dtype), new, base.astype(new.dtype))
