@@ -194,13 +194,7 @@ class Trial:
         """The arrays that a cut means, by path, and which of their entries move when everything that trains moves."""
 
         @jax.jit
-        def run(tuned: Tuned) -> tuple[Tree, Tree]:
-            leaves, treedef = jax.tree.flatten(tuned.trainable)
-            keys = jax.random.split(jax.random.key(1), len(leaves))
-            directions = treedef.unflatten(
-                [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-            )
-
+        def run(tuned: Tuned, directions: Tree) -> tuple[Tree, Tree]:
             def dense(trainable: Tree) -> Tree:
                 return materialize(combine(tuned._replace(trainable=trainable)))
 
@@ -208,7 +202,7 @@ class Trial:
             return arrays, jax.tree.map(lambda t: t != 0, moved)
 
         def of(tuned: Tuned) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-            arrays, moved = run(tuned._replace(state=()))
+            arrays, moved = run(tuned._replace(state=()), _directions(tuned.trainable))
             return _by_path(arrays), _by_path(moved)
 
         return of
@@ -216,21 +210,25 @@ class Trial:
     def live(self, tuned: Tuned) -> dict[str, np.ndarray]:
         """Which entries of the trainable leaves change what the cut means, to first order, by path."""
 
+        def dense(tuned: Tuned, trainable: Tree) -> Tree:
+            return materialize(combine(tuned._replace(trainable=trainable)))
+
         @jax.jit
-        def run(tuned: Tuned) -> Tree:
-            def dense(trainable: Tree) -> Tree:
-                return materialize(combine(tuned._replace(trainable=trainable)))
+        def run(tuned: Tuned, back: Tree) -> Tree:
+            _, pull = jax.vjp(functools.partial(dense, tuned), tuned.trainable)
+            return jax.tree.map(lambda g: g != 0, pull(back)[0])
 
-            arrays, pull = jax.vjp(dense, tuned.trainable)
-            leaves, treedef = jax.tree.flatten(arrays)
-            keys = jax.random.split(jax.random.key(1), len(leaves))
-            back = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-            return jax.tree.map(lambda g: g != 0, pull(treedef.unflatten(back))[0])
-
-        return _by_path(run(tuned._replace(state=())))
+        tuned = tuned._replace(state=())
+        return _by_path(run(tuned, _directions(jax.eval_shape(dense, tuned, tuned.trainable))))
 
 
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+def _directions(tree: Tree) -> Tree:
+    """Normal numbers like the arrays of `tree`. From numpy: a program that draws them takes a second to compile."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), tree)
 
 
 def _host(tree: Tree) -> Tree:
