@@ -91,10 +91,17 @@ class Trial:
 
     def _calibration_run(self, params: Tree, method: Method, steps: int) -> Tree:
         trial = dataclasses.replace(self, method=method, params=params, steps=steps)
-        state, frozen, step = trial.start()
-        for i in range(steps):
-            state, _ = step(state, frozen, self.batches[i % len(self.batches)])
-        return materialize(combine(tuned_of(state, frozen)))
+        with CompilationLog() as log:
+            state, frozen, step = trial.start()
+            for i in range(steps):
+                state, _ = step(state, frozen, self.batches[i % len(self.batches)])
+            tuned = materialize(combine(tuned_of(state, frozen)))
+        self._programs_of_calibration.append(log.programs)
+        return tuned
+
+    @functools.cached_property
+    def _programs_of_calibration(self) -> list[int]:
+        return []
 
     def start(self) -> tuple[TrainState, Tree, TrainStep]:
         """The first state, the frozen parameters and the train step."""
@@ -267,7 +274,8 @@ def assert_same_bits(a: Tree, b: Tree, what: str) -> None:
 
 
 def check_init(trial: Trial) -> None:
-    """`init` cuts the tree in complementary halves, leaves its input alone, and depends on its arguments only."""
+    """`init` cuts the tree in complementary halves, leaves its input alone, and depends on its arguments only. Called
+    again it compiles nothing, except for the runs it trains: else values of weights are constants of its programs."""
     given = _host(trial.params)
     tuned = trial.method.init(jax.random.key(2), trial.params, trial.probe)
     assert_same_bits(trial.params, given, "init changed the parameters it was given")
@@ -280,7 +288,11 @@ def check_init(trial: Trial) -> None:
         assert t is None or f is None, "an array is in both halves"
     assert len(jax.tree.leaves(combine(tuned))) == sum(x is not None for half in halves for x in half)
     assert_same_bits(split(mark(tuned), tuned.state), tuned, "split does not invert mark")
-    again = trial.method.init(jax.random.key(2), trial.params, trial.probe)
+    calibration = sum(trial._programs_of_calibration)
+    with CompilationLog() as log:
+        again = trial.method.init(jax.random.key(2), trial.params, trial.probe)
+    programs = log.programs - (sum(trial._programs_of_calibration) - calibration)
+    assert not programs, f"a second init compiled {programs} programs"
     assert_same_bits(again, tuned, "two inits from one key differ")
 
 
