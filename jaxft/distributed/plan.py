@@ -220,7 +220,11 @@ def abstract_batch(rows: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDt
 
 
 def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | None = None) -> Compiled:
-    """The train step of a configuration, compiled for the devices of `mesh`, which need not be here."""
+    """The train step of a configuration, compiled for the devices of `mesh`, which need not be here.
+
+    Raises:
+        JaxftError: the compiler failed for another reason than memory.
+    """
     training = config.training
     method = build(config.method)
     schedule = make_schedule(training.learning_rate, training.steps or UNKNOWN_LENGTH)
@@ -249,9 +253,23 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
     except jax.errors.JaxRuntimeError as error:
         compiled, needed = None, needed_bytes(str(error), shard_bytes((state, frozen, batch)))
         if needed is None:
-            raise
+            first = str(error).splitlines()[0][:300]
+            raise JaxftError(
+                f"the compiler failed on this step: {first}. That is a fault of its own, not of the configuration; "
+                f"settings that change the program may avoid it: {_other_programs(config)}"
+            ) from error
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return Compiled(compiled, needed, seconds, cpu_seconds, state, frozen, batch)
+
+
+def _other_programs(config: Any) -> str:
+    """The settings with which a step computes the same in another way, by which of them it was not tried with."""
+    settings = {
+        "training.offload=[]": bool(config.training.offload),
+        "model.remat=block": config.model.remat != "block",
+        "model.attention=xla": config.model.attention != "xla",
+    }
+    return ", ".join([text for text, is_other in settings.items() if is_other] + ["another mesh"])
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}

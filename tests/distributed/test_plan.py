@@ -288,6 +288,20 @@ def test_what_the_compiler_says_when_memory_runs_out(message, gib):
     assert needed_bytes("INTERNAL: something else", held=0) is None
 
 
+def test_a_fault_of_the_compiler_is_one_sentence_with_what_to_change(directory, monkeypatch):
+    def failing(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (target.cc:2892) valid\nand 600 lines more")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    wanted = config(directory, "{name: bitfit}", "mesh.fsdp=1", "training.offload=[optimizer]")
+    message = (
+        r"the compiler failed on this step: INTERNAL: RET_CHECK failure \(target.cc:2892\) valid\. That is a fault of "
+        r"its own, .* may avoid it: training.offload=\[\], model.attention=xla, another mesh$"
+    )
+    with pytest.raises(JaxftError, match=message):
+        compile_step(wanted, load_model(directory), make_mesh(wanted.mesh, jax.devices()[:1]))
+
+
 def test_presets_are_shapes_without_weights():
     wanted = parse_config(
         "model: {path: 'preset:llama3.1-8b'}\nmethod: full\ndata: {sources: [{path: x.jsonl}]}\n"
