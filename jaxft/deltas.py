@@ -118,7 +118,7 @@ def apply(params: Tree, delta: Delta) -> Tree:
 def _changed(
     dense: Float[Array, "..."], where: tuple[Int[Array, " n"], ...], values: Float[Array, " n"]
 ) -> Float[Array, "..."]:
-    """Summed in float32 and rounded once, so that small changes of bfloat16 weights are not lost before they count."""
+    # Summed in float32 and rounded once, so that small changes of bfloat16 weights are not lost before they count.
     return dense.at[where].set((dense[where].astype(jnp.float32) + values).astype(dense.dtype))
 
 

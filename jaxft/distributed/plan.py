@@ -252,6 +252,8 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
             compiled, needed = lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
         compiled, needed = None, needed_bytes(str(error), shard_bytes((state, frozen, batch)))
+        if needed is None and "RESOURCE_EXHAUSTED" in str(error):
+            raise
         if needed is None:
             first = str(error).splitlines()[0][:300]
             raise JaxftError(
@@ -263,7 +265,7 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
 
 
 def _other_programs(config: Any) -> str:
-    """The settings with which a step computes the same in another way, by which of them it was not tried with."""
+    """The settings that are not chosen already and with which the same is computed by another program."""
     settings = {
         "training.offload=[]": bool(config.training.offload),
         "model.remat=block": config.model.remat != "block",
