@@ -202,10 +202,7 @@ class Trial:
 
         @jax.jit
         def run(tuned: Tuned, directions: Tree) -> tuple[Tree, Tree]:
-            def dense(trainable: Tree) -> Tree:
-                return materialize(combine(tuned._replace(trainable=trainable)))
-
-            arrays, moved = jax.jvp(dense, (tuned.trainable,), (directions,))
+            arrays, moved = jax.jvp(functools.partial(_dense, tuned), (tuned.trainable,), (directions,))
             return arrays, jax.tree.map(lambda t: t != 0, moved)
 
         def of(tuned: Tuned) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -217,19 +214,21 @@ class Trial:
     def live(self, tuned: Tuned) -> dict[str, np.ndarray]:
         """Which entries of the trainable leaves change what the cut means, to first order, by path."""
 
-        def dense(tuned: Tuned, trainable: Tree) -> Tree:
-            return materialize(combine(tuned._replace(trainable=trainable)))
-
         @jax.jit
         def run(tuned: Tuned, back: Tree) -> Tree:
-            _, pull = jax.vjp(functools.partial(dense, tuned), tuned.trainable)
+            _, pull = jax.vjp(functools.partial(_dense, tuned), tuned.trainable)
             return jax.tree.map(lambda g: g != 0, pull(back)[0])
 
         tuned = tuned._replace(state=())
-        return _by_path(run(tuned, _directions(jax.eval_shape(dense, tuned, tuned.trainable))))
+        return _by_path(run(tuned, _directions(jax.eval_shape(_dense, tuned, tuned.trainable))))
 
 
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+def _dense(tuned: Tuned, trainable: Tree) -> Tree:
+    """The arrays that `tuned` means with other values of what trains."""
+    return materialize(combine(tuned._replace(trainable=trainable)))
 
 
 def _directions(tree: Tree) -> Tree:

@@ -289,8 +289,10 @@ def test_what_the_compiler_says_when_memory_runs_out(message, gib):
 
 
 def test_a_fault_of_the_compiler_is_one_sentence_with_what_to_change(directory, monkeypatch):
+    said = iter(["INTERNAL: RET_CHECK failure (target.cc:2892) valid\nand more lines", "RESOURCE_EXHAUSTED: no figure"])
+
     def failing(*_, **__):
-        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (target.cc:2892) valid\nand 600 lines more")
+        raise jax.errors.JaxRuntimeError(next(said))
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
     wanted = config(directory, "{name: bitfit}", "mesh.fsdp=1", "training.offload=[optimizer]")
@@ -298,8 +300,11 @@ def test_a_fault_of_the_compiler_is_one_sentence_with_what_to_change(directory, 
         r"the compiler failed on this step: INTERNAL: RET_CHECK failure \(target.cc:2892\) valid\. That is a fault of "
         r"its own, .* may avoid it: training.offload=\[\], model.attention=xla, another mesh$"
     )
+    mesh, model = make_mesh(wanted.mesh, jax.devices()[:1]), load_model(directory)
     with pytest.raises(JaxftError, match=message):
-        compile_step(wanted, load_model(directory), make_mesh(wanted.mesh, jax.devices()[:1]))
+        compile_step(wanted, model, mesh)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no figure"):  # the command line says what to do about memory
+        compile_step(wanted, model, mesh)
 
 
 def test_presets_are_shapes_without_weights():
