@@ -31,7 +31,7 @@ from jaxft.models.attention import computed_pairs, tiling
 from jaxft.models.expert_parallel import SPARE
 from jaxft.models.mixture import is_gated_before_down
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
-from jaxft.training.compilation import compiler_options
+from jaxft.training.compilation import compiler_options, fetches_ahead
 from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.state import shardings_of, tuned_of
 from jaxft.training.step import make_train_step
@@ -240,6 +240,7 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
         schedule=schedule,
         shardings=shardings_of(state),
         options=training.compiler_options,
+        ahead=fetches_ahead(config),
     )
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -321,7 +322,7 @@ def read_plan(
         "temporaries": 0,
     }
     held = sum(memory.values())
-    if told := compiler_options(mesh, config.training.compiler_options):
+    if told := compiler_options(mesh, config.training.compiler_options, ahead=fetches_ahead(config)):
         notes += ("compiler options: " + ", ".join(f"{name}={value}" for name, value in told.items()),)
     useful = model_flops(model.config, tuned, rows, seq_len, "none")
     least = model_flops(model.config, tuned, rows, seq_len, config.model.remat)

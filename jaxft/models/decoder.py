@@ -11,16 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.errors import JaxftError, nearest
 from jaxft.models.attention import attention
 from jaxft.models.config import DecoderConfig
 from jaxft.models.mixture import Routing, mixture
+from jaxft.models.rematerialization import scan_rematerialized
 from jaxft.models.rope import rotary_embedding, rotate
 from jaxft.models.sharding import constrain
-from jaxft.weights import Tree, fetch_layer, linear, scan_layers, site, value
+from jaxft.weights import Tree, fetch_layer, linear, site, value
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -115,11 +114,10 @@ def run_layers(
     if cache is not None:
         start, cache = cache["length"], _append_tokens(cache, positions, segment_ids)
 
-    def block(carry: tuple[Array, Any], layer: Tree, xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Any]:
+    def block(carry: tuple[Array, Any], layer: Tree, xs: tuple[Tree, Tree]) -> tuple[tuple[Array, Any], Any]:
         x, kv = carry
         layer = fetch_layer(layer)
-        x = checkpoint_name(x, _LAYER_INPUT)
-        index, is_sliding = xs
+        (index, is_sliding), (ropes, positions, segment_ids, is_real) = xs
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             nonlocal kv
@@ -154,36 +152,9 @@ def run_layers(
 
     kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
     xs = (jnp.arange(config.num_layers), jnp.asarray(config.sliding_layers))
-    (x, kv), routing = scan_layers(rematerialized(block, remat), layers, (x, kv), xs)
+    shared = (ropes, positions, segment_ids, is_real)
+    (x, kv), routing = scan_rematerialized(block, layers, (x, kv), xs, shared, remat)
     return x, (None if cache is None else {**cache, **kv}), routing
-
-
-_LAYER_INPUT = "layer_input"
-REMAT_POLICIES = ("none", "block", "dots", "offload")
-
-
-def rematerialized(block: Callable, policy: str) -> Callable:
-    """`block` recomputed in the backward pass, but for what the policy keeps of a layer.
-
-    "none" keeps everything; "block" the input of the layer only; "dots" the results of its projections;
-    "offload" the input of the layer, in host memory.
-    """
-    policies = jax.checkpoint_policies
-    if policy not in REMAT_POLICIES:
-        raise JaxftError(f'remat "{policy}" is unknown: {nearest(policy, REMAT_POLICIES)}')
-    if policy == "none":
-        return block
-    saved = {
-        "block": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[_LAYER_INPUT],
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }[policy]
-    return jax.checkpoint(block, policy=saved, prevent_cse=False)  # inside a scan nothing merges the two passes
 
 
 def _append_tokens(cache: dict, positions: Array, segment_ids: Array) -> dict:

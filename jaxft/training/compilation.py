@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,19 +28,35 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {  # by `jax.Device.device_kind`
     "TPU v5": _GATHERS_BESIDE_PRODUCTS,
     "TPU v6 lite": _GATHERS_BESIDE_PRODUCTS,
 }
+# Else libtpu takes one iteration out of a loop that copies from host memory, and compiles its body twice.
+_FETCHES_AHEAD: dict[str, Option] = {"xla_tpu_pipeline_memory_host_transfers": False}
 
 
-def compiler_options(mesh: Mesh, own: Mapping[str, Option] = {}) -> dict[str, Option]:  # noqa: B006
+def fetches_ahead(config: Any) -> bool:
+    """Whether all that the step of a configuration reads of host memory is asked for an iteration before it is needed
+    (`jaxft.models.rematerialization`), so that the compiler need not see to it."""
+    return config.model.remat == "offload" and not config.training.offload
+
+
+def compiler_options(
+    mesh: Mesh,
+    own: Mapping[str, Option] = {},  # noqa: B006
+    *,
+    ahead: bool = False,
+) -> dict[str, Option]:
     """What XLA is told when it compiles a train step for the devices of `mesh`: `OPTIONS`, and `own` before them.
 
-    An option of `OPTIONS` that `LIBTPU_INIT_ARGS` sets is left to it. Names change between versions of the compiler:
-    where it does not know one of ours, all are left out, with a warning.
+    `ahead` says that the step `fetches_ahead`. An option of ours that `LIBTPU_INIT_ARGS` sets is left to it. Names
+    change between versions of the compiler: where it does not know one of ours, all are left out, with a warning.
 
     Raises:
         JaxftError: the compiler refuses one of `own`; says which, and why.
     """
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    usual = OPTIONS.get(mesh.devices.flat[0].device_kind, {}) if mesh.size > 1 else {}
+    kind = mesh.devices.flat[0].device_kind
+    usual = dict(OPTIONS.get(kind, {})) if mesh.size > 1 else {}
+    if ahead and kind.startswith("TPU"):
+        usual |= _FETCHES_AHEAD
     usual = {k: v for k, v in usual.items() if k not in own and not re.search(rf"--{k}(=|\s|$)", flags)}
     if usual and (reason := _refusal(mesh, tuple(usual.items()))):
         logger.warning("the compiler does not take the options that jaxft sets (%s): compiled without them", reason)

@@ -61,7 +61,7 @@ from jaxft.partition import Tuned
 from jaxft.picture import draw_selection
 from jaxft.selected import selected
 from jaxft.structure import cut_structure, left_out_of, take_from_base, tuned_in
-from jaxft.training.compilation import CompilationLog, enable_compilation_cache
+from jaxft.training.compilation import CompilationLog, enable_compilation_cache, fetches_ahead
 from jaxft.training.consistency import file_facts, start_facts
 from jaxft.training.loss import Loss, language_model_loss
 from jaxft.training.metrics import LoggingConfig, Meter, Terminal, make_writers, memory_bytes, read_metrics
@@ -375,6 +375,7 @@ def make_step(job: Job, method: Method, state: TrainState) -> TrainStep:
         schedule=job.schedule,
         shardings=shardings_of(state),
         options=job.config.training.compiler_options,
+        ahead=fetches_ahead(job.config),
     )
 
 

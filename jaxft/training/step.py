@@ -101,6 +101,7 @@ def make_train_step(
     schedule: Schedule | None = None,
     shardings: TrainState | None = None,
     options: Mapping[str, Option] = {},  # noqa: B006
+    ahead: bool = False,
 ) -> TrainStep:
     """The jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
@@ -117,6 +118,7 @@ def make_train_step(
         schedule: the learning rate by optimizer update, for the metrics only.
         shardings: `shardings_of(state)`; with it the next state stays where the first one was.
         options: of the compiler, beside those of `compilation.OPTIONS`.
+        ahead: see `compilation.fetches_ahead`.
 
     Metrics are scalar arrays that stay on the devices: `loss` (the token mean), `penalty` (if the method has one),
     `grad_norm` (before clipping), `learning_rate` (if `schedule`), `weight`, `skipped` (0 or 1), and every sum in
@@ -179,7 +181,7 @@ def make_train_step(
     if shardings is None:
         return jax.jit(train_step, donate_argnums=0, compiler_options=dict(options) or None)
     mesh, stages = shardings.step.mesh.abstract_mesh, torus_stages(shardings.step.mesh)
-    told = compiler_options(shardings.step.mesh, options) or None
+    told = compiler_options(shardings.step.mesh, options, ahead=ahead) or None
 
     def placed_step(state: TrainState, frozen: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
         # Models state the layout of activations on the ambient mesh.

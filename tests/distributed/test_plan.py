@@ -523,13 +523,14 @@ def test_half_of_a_tied_table_trains_and_no_piece_of_the_loss_moves_it(
 
 
 @needs_compiler
-def test_weights_are_gathered_beside_products(directory, tmp_path, caplog, monkeypatch):
-    """For half of a matrix as for a whole one. On v5p it is told to: no `all-gather` would be so otherwise."""
-    wide = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 4}
-    described = json.loads((directory / "config.json").read_text()) | wide | {"head_dim": 128, "vocab_size": 4096}
+def test_weights_and_inputs_of_layers_travel_beside_products(directory, tmp_path, caplog, monkeypatch):
+    """Weights are gathered so, half of a matrix as a whole one; on v5p it is told to: no `all-gather` would be so
+    otherwise. Inputs of layers go to host memory and come back so, and no layer is taken out of its loop for it."""
+    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 4, "num_key_value_heads": 2}
+    described = json.loads((directory / "config.json").read_text()) | wide | {"head_dim": 128, "vocab_size": 2048}
     (tmp_path / "config.json").write_text(json.dumps(described))
     where, model = parse_topology("v5p:2x2x2"), load_model(tmp_path)
-    settings = ("model.attention=splash", "data.seq_len=1024", "data.batch_size=16")
+    settings = ("model.attention=xla", "model.remat=offload", "data.seq_len=256", "data.batch_size=16")
     wanted = config(tmp_path, "{name: hft}", *settings)
     mesh = make_mesh(wanted.mesh, topology.topology_devices(where))
     compiled = compile_step(wanted, model, mesh)
@@ -537,11 +538,15 @@ def test_weights_are_gathered_beside_products(directory, tmp_path, caplog, monke
     assert note.startswith("compiler options: xla_tpu_enable_async_collective_fusion=True, ")
     text = compiled.step.as_text()
     assert len(re.findall(r"= f32\[[^\]]*\b64\]\S* cosine\(", text)) == 1, "rotary embeddings, once for all layers"
-    collectives = hlo.costs(hlo.parse(text)).collectives
+    module = hlo.parse(text)
+    collectives = hlo.costs(module).collectives
     gathers = [c for c in collectives if c.kind in ("all-gather", "collective-permute")]
     assert any(c.overlapped for c in gathers if c.kind == "all-gather")
     hidden = sum(c.total_bytes for c in gathers if c.overlapped)
     assert hidden > 0.75 * sum(c.total_bytes for c in gathers)
+    for opcode in ("dynamic-update-slice", "dynamic-slice"):
+        ((where, beside),) = beside_host_transfers(module, opcode)
+        assert where != module.entry and any(multiplies(module, op) for op in beside)
 
     mesh = make_mesh(MeshConfig(fsdp=4), topology.topology_devices(parse_topology("v5p:2x2x1")))
     usual = compilation.OPTIONS["TPU v5"]
@@ -551,6 +556,28 @@ def test_weights_are_gathered_beside_products(directory, tmp_path, caplog, monke
     assert set(usual) - set(compilation.compiler_options(mesh)) == {"xla_tpu_enable_async_collective_fusion"}
     monkeypatch.setattr(compilation, "OPTIONS", {"TPU v5": {"xla_of_another_version": True}})
     assert compilation.compiler_options(mesh) == {} and "No such compile option" in caplog.text
+
+
+def beside_host_transfers(module, opcode):
+    """For each copy of a part of an array in host memory: the computation, and what stands between start and done."""
+    for name, order in module.computations.items():
+        for i, op in enumerate(order):
+            if op.opcode == f"{opcode}-start" and "S(5)" in op.result:
+                (done,) = [k for k, other in enumerate(order) if op.name in other.operands]
+                yield name, order[i + 1 : done]
+
+
+def multiplies(module, op):
+    inside = [module.computations[name] for names in op.called.values() for name in names]
+    return op.opcode == "convolution" or any(multiplies(module, o) for computation in inside for o in computation)
+
+
+@needs_compiler
+def test_fetching_ahead_leaves_one_option_unused():
+    mesh = make_mesh(MeshConfig(fsdp=4), topology.topology_devices(parse_topology("v5e:2x2")))
+    assert compilation.compiler_options(mesh) == {}
+    (option,) = compilation.compiler_options(mesh, ahead=True).items()
+    assert option == ("xla_tpu_pipeline_memory_host_transfers", False)
 
 
 def test_an_option_that_the_compiler_does_not_know_is_refused():

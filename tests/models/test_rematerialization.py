@@ -1,0 +1,89 @@
+"""Layer inputs that wait in host memory: the same gradients, no others, and each fetched an iteration ahead."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import Literal, jaxprs_in_params
+
+from jaxft.methods import build
+from jaxft.methods.probe import Probe
+from jaxft.partition import combine
+from jaxft.training.loss import language_model_loss
+from tests.methods.tiny import MIXTURE, MODEL, batches, params
+
+LAYERS = MODEL.config.num_layers
+
+
+def cut(name, model=MODEL):
+    method = build({"name": name, "rounds": 2} if name == "hft" else name)
+    tuned = method.init(jax.random.key(0), params(model=model), Probe())
+    moved = jax.tree.map(lambda x: x + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tuned.trainable)
+    return tuned._replace(trainable=moved)  # away from the start, where the gradient of half a LoRA is zero
+
+
+def loss_of(tuned, remat, model, trainable):
+    total, weight, _ = language_model_loss(model, remat=remat, chunks=1)(
+        combine(tuned._replace(trainable=trainable)), batches()[0], jax.random.key(1)
+    )
+    return total / weight
+
+
+def gradient(tuned, remat, model=MODEL):
+    return jax.jit(jax.grad(functools.partial(loss_of, tuned, remat, model)))(tuned.trainable)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("full", MIXTURE), ("hft", MODEL), ("lora", MODEL), ("prompt-tuning", MODEL), ("layer-freezing", MODEL)],
+    ids=lambda value: value if isinstance(value, str) else value.config.model_type,
+)
+def test_gradients_are_those_of_layers_recomputed(name, model):
+    tuned = cut(name, model)
+    for a, b in zip(*(jax.tree.leaves(gradient(tuned, remat, model)) for remat in ("offload", "block")), strict=True):
+        assert np.abs(np.asarray(b)).max() > 0
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def is_copy_to(equation, space):
+    return equation.primitive.name == "device_put" and equation.outvars[0].aval.memory_space == space
+
+
+@pytest.mark.parametrize("name", ["full", "bitfit", "lora", "hft"])
+def test_no_gradient_is_computed_that_is_not_asked_for(name):
+    tuned = cut(name)
+
+    def flops(remat):
+        step = jax.jit(jax.grad(functools.partial(loss_of, tuned, remat, MODEL)))
+        return step.lower(tuned.trainable).compile().cost_analysis()["flops"]
+
+    assert flops("offload") <= 1.001 * flops("block")
+
+
+def test_an_input_is_fetched_beside_the_layer_above():
+    tuned = cut("lora")
+    traced = jax.make_jaxpr(jax.grad(functools.partial(loss_of, tuned, "offload", MODEL)))(tuned.trainable)
+    scans = [e for e in equations(traced.jaxpr) if e.primitive.name == "scan" and e.params["length"] == LAYERS]
+    forward, backward = sorted(scans, key=lambda e: e.params["reverse"])
+    hidden = jax.ShapeDtypeStruct((8, 16, MODEL.config.hidden_size), jnp.float32)
+
+    def stacked(equation):
+        avals = [v.aval for v in equation.outvars[equation.params["num_carry"] :]]
+        return [a.memory_space for a in avals if a.shape == (LAYERS, *hidden.shape)]
+
+    assert stacked(forward) == [jax.memory.Space.Host], "one input of each layer is kept, in host memory"
+    body = backward.params["jaxpr"].jaxpr
+    fetches = [e for e in body.eqns if is_copy_to(e, jax.memory.Space.Device)]
+    assert len(fetches) == 1 and fetches[0].outvars[0].aval.shape == hidden.shape
+    fetched = fetches[0].outvars[0]
+    assert not [e for e in body.eqns if any(v is fetched for v in e.invars if not isinstance(v, Literal))]
+    assert sum(v is fetched for v in body.outvars[: backward.params["num_carry"]]) == 1
