@@ -31,6 +31,7 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     "8b full": ("llama3.1-8b-full", "v5e:4x4", (), 6.0),
     "8b hft": ("llama3.1-8b-hft", "v5e:4x4", (), 4.3),
     "8b lora": ("llama3.1-8b-lora", "v5e:4x4", (), 3.2),
+    "8b shira": ("llama3.1-8b-lora", "v5e:4x4", ("method={name: shira}",), None),
     "8b full, moments in host memory": ("llama3.1-8b-full", "v5e:4x4", ("training.offload=[optimizer]",), None),
     "8b hft, moments and frozen layers in host memory": (
         "llama3.1-8b-hft", "v5e:4x4", ("training.offload=[optimizer, frozen]",), None,

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -50,13 +51,102 @@ def _coordinates(indices: Array, shape: tuple[int, ...]) -> tuple[Array, ...]:
 def _scatter_add(base: Array, values: Array, indices: Array) -> Array:
     if indices.ndim > 1:
         return jax.vmap(_scatter_add)(base, values, indices)
-    return jnp.asarray(base).at[_coordinates(indices, base.shape)].add(values.astype(base.dtype), mode="drop")
+    return _add_at_once(base, values, indices)
 
 
 @functools.partial(jax.jit, inline=True)
 def gather_flat(matrix: Array, indices: Array) -> Array:
-    """Entries of `matrix` at flat positions; zero where the position is padding."""
-    return matrix.at[_coordinates(indices, matrix.shape)].get(mode="fill", fill_value=0)
+    """Entries of `matrix` at flat positions; zero where the position is padding, or lies before the first."""
+    place = matrix.at[_coordinates(indices, matrix.shape)]
+    return place.get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+
+# The TPU compiler (libtpu 0.0.42) has the positions of a scatter into bfloat16 sorted, in every step, and takes 20 s to
+# compile one into a matrix of an 8B model. Piece by piece into a flat float32 array, in the memory next to the matrix
+# units, nothing is sorted, and it takes 2 s. A gather of as many takes 5 s, in pieces 1. On a GPU pieces would wait for
+# each other.
+PIECE = 4096
+
+
+def _in_pieces(array: Array, padding: float) -> Array:
+    """A vector `[k]` as `[pieces, PIECE]`, filled up at the end."""
+    size = min(PIECE, max(array.size, 1))
+    return jnp.pad(array, (0, -array.size % size), constant_values=padding).reshape(-1, size)
+
+
+def _add_in_pieces(matrix: Array, values: Array, indices: Array) -> Array:
+    flat = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32)).reshape(-1)
+    pieces = _in_pieces(values.astype(flat.dtype), 0), _in_pieces(indices, matrix.size)
+
+    def add(flat: Array, piece: tuple[Array, Array]) -> tuple[Array, None]:
+        values, indices = piece
+        return flat.at[indices].add(values, mode="drop", wrap_negative_indices=False), None
+
+    return lax.scan(add, flat, pieces)[0].reshape(matrix.shape).astype(matrix.dtype)
+
+
+def _add_at_once(matrix: Array, values: Array, indices: Array) -> Array:
+    place = jnp.asarray(matrix).at[_coordinates(indices, matrix.shape)]
+    return place.add(values.astype(matrix.dtype), mode="drop", wrap_negative_indices=False)
+
+
+def _get_in_pieces(matrix: Array, indices: Array) -> Array:
+    flat = matrix.reshape(-1)
+
+    def get(indices: Array) -> Array:
+        return flat.at[indices].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    return lax.map(get, _in_pieces(indices, matrix.size)).reshape(-1)[: indices.size]
+
+
+def _is_left_to_partitioner(stages: Stages | None) -> bool:
+    """Whether a matrix is divided over a mesh in some other way than by rows over `fsdp` (see `division`)."""
+    return stages is None and jax.sharding.get_abstract_mesh().size > 1
+
+
+def _of_own_rows(matrix: Array, indices: Array) -> Array:
+    """Flat positions in a matrix as positions in the rows that a chip holds of it; what others hold lies outside."""
+    return indices - lax.axis_index("fsdp") * matrix.size
+
+
+def _tuned_matrix(base: Array, values: Array, indices: Array, stages: Stages | None) -> Array:
+    """`base` plus `values` at `indices`: each chip adds to its own rows."""
+    if _is_left_to_partitioner(stages):
+        return _scatter_add(base, values, indices)
+
+    def add(matrix: Array, values: Array, indices: Array) -> Array:
+        return lax.platform_dependent(matrix, values, indices, tpu=_add_in_pieces, default=_add_at_once)
+
+    if stages is None:
+        return add(base, values, indices)
+    rows, whole = PartitionSpec("fsdp"), PartitionSpec()
+    divided = jax.shard_map(
+        lambda part, values, indices: add(part, values, _of_own_rows(part, indices)),
+        in_specs=(rows, whole, whole),
+        out_specs=rows,
+        check_vma=False,
+    )
+    return divided(base, values.astype(base.dtype), indices)
+
+
+def _gradient_entries(x: Array, g: Array, indices: Array, stages: Stages | None) -> Array:
+    """Entries of the gradient of a weight that `x` is multiplied with: each chip reads those of its own rows."""
+    gradient = divided_gradient(x, g, stages)
+    if _is_left_to_partitioner(stages):
+        return gather_flat(gradient, indices)
+
+    def get(matrix: Array, indices: Array) -> Array:
+        return lax.platform_dependent(matrix, indices, tpu=_get_in_pieces, default=gather_flat)
+
+    if stages is None:
+        return get(gradient, indices)
+    divided = jax.shard_map(
+        lambda part, indices: lax.psum(get(part, _of_own_rows(part, indices)), "fsdp"),
+        in_specs=(PartitionSpec("fsdp"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return divided(gradient, indices)
 
 
 @materialize_rule.register
@@ -66,7 +156,7 @@ def _(w: SparseDelta) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sparse_matmul(x: Array, base: Array, values: Array, indices: Array, stages: Stages | None) -> Array:
-    return jnp.matmul(x, gathered(_scatter_add(base, values, indices), stages or ()))
+    return jnp.matmul(x, gathered(_tuned_matrix(base, values, indices, stages), stages or ()))
 
 
 def _sparse_forward(
@@ -78,8 +168,8 @@ def _sparse_forward(
 def _sparse_backward(stages: Stages | None, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     # One layer's dense product is transient (it dies within the layer); only its `k` entries leave the backward pass.
     x, base, values, indices = residuals
-    dx = jnp.matmul(g, gathered(_scatter_add(base, values, indices), stages or ()).T)
-    return dx, None, gather_flat(divided_gradient(x, g, stages), indices).astype(values.dtype), None
+    dx = jnp.matmul(g, gathered(_tuned_matrix(base, values, indices, stages), stages or ()).T)
+    return dx, None, _gradient_entries(x, g, indices, stages).astype(values.dtype), None
 
 
 _sparse_matmul.defvjp(_sparse_forward, _sparse_backward)

@@ -41,6 +41,7 @@ from jaxft.weights import (
     split_layers,
     unembed,
 )
+from jaxft.weights import sparse as sparse_weights
 
 L, D = 4, 8  # layers, and both sides of a matrix
 MASK = np.array([True, False, False, True])
@@ -415,6 +416,20 @@ def test_a_node_without_a_rule_says_what_to_do():
         with pytest.raises(TypeError, match="Bare has no .* rule: register one"):
             call()
     assert Bare not in linear_rule.registry
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("k", [0, 1, 7, 8, 21])
+def test_entries_are_added_and_read_in_pieces_as_at_once(k, dtype, monkeypatch):
+    """What a TPU does. Positions before the first and behind the last entry, which other chips hold, mean nothing."""
+    monkeypatch.setattr(sparse_weights, "PIECE", 8)
+    matrix, values = normal(1, D, D).astype(dtype), normal(2, k)
+    indices = jnp.asarray(np.random.default_rng(k).permutation(np.arange(-D, D * D + D))[:k], jnp.int32)
+    ours, expected = (f(matrix, values, indices) for f in (sparse_weights._add_in_pieces, sparse_weights._add_at_once))
+    assert ours.dtype == dtype
+    rounding = 0.02 if dtype == jnp.bfloat16 else 0
+    np.testing.assert_allclose(ours.astype(float), expected.astype(float), atol=rounding)
+    np.testing.assert_array_equal(sparse_weights._get_in_pieces(matrix, indices), gather_flat(matrix, indices))
 
 
 @pytest.mark.parametrize("name", CASES)
