@@ -77,9 +77,12 @@ def test_help_starts_fast_and_shows_examples(cli):
     seconds = time.monotonic() - began
     assert result.stdout.rstrip().endswith("False")  # jax was not imported
     assert seconds < 10  # under 1 s on an idle machine; tests share theirs
-    code = "import sys, jaxft.training; print({'datasets', 'matplotlib', 'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, jaxft.training; print({'datasets', 'matplotlib', 'torch', 'transformers'} & set(sys.modules))\n"
+        "import jaxft; jaxft.load_tokenizer('nano'); print({'datasets', 'matplotlib', 'torch'} & set(sys.modules))"
+    )
     slow = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert slow.stdout == "set()\n"  # nor by a run what takes seconds, before it is needed
+    assert slow.stdout == "set()\nset()\n"  # nor by a run what takes seconds, before it is needed
     for name in ("train", "compare", "eval", "generate", "export", "data", "methods"):
         assert name in result.stdout
         code, out, _ = cli(name, "--help")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -180,6 +181,26 @@ def test_files_that_cannot_be_read(copy, tmp_path):
         load_model(directory)
     with pytest.raises(JaxftError, match="holds no tokenizer"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", None])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_a_tokenizer_is_the_one_that_transformers_finds(declared, model_type, tmp_path):
+    nano = load_module.resolve("nano")
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        document = json.loads((nano / name).read_text())
+        if name == "tokenizer_config.json":
+            document["tokenizer_class"] = declared
+        elif name == "config.json":
+            document["model_type"] = model_type
+        (tmp_path / name).write_text(json.dumps(document))
+    found, expected = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    text = "<|user|>A list, of  words.<|end|>\n\n    x = 1"
+    assert type(found) is type(expected) and found(text) == expected(text)
+    assert found.get_vocab() == expected.get_vocab()
+    assert found.special_tokens_map == expected.special_tokens_map
+    assert found.chat_template == expected.chat_template
+    assert found.model_max_length == expected.model_max_length
 
 
 def test_names_that_lead_nowhere(monkeypatch, tmp_path):
