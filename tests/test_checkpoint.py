@@ -409,10 +409,11 @@ def test_memory_stays_flat_over_twenty_saves(tmp_path):
         for step in range(1, 41):
             checkpointer.save(step, tree)
             checkpointer.wait()
-            seen.append(resident())
+            if step % 20 == 0:
+                seen.append(resident())
     # The first saves fill the allocator's pools; a leak of one state a save would be 80 MiB over the last twenty, and
     # the allocator alone moves the figure by some 20 MiB in a process that ran other tests.
-    assert seen[-1] - seen[19] < 10 * tree["w"].nbytes
+    assert seen[1] - seen[0] < 10 * tree["w"].nbytes
 
 
 def test_fingerprint_tells_models_apart():
