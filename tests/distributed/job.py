@@ -120,6 +120,7 @@ def steps_done(output: Path) -> int:
 
 
 def _enter(log: Path, port: int, count: int, rank: int, devices: int, target: Callable, *arguments: Any) -> None:
+    gc.freeze()  # a collection would write to all that was imported, and so copy the memory that is shared
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["XLA_FLAGS"] = xla_flags(devices)  # read at the first use of a device
     os.environ |= {

@@ -30,7 +30,7 @@ from tests.distributed.job import (
 )
 from tests.training.tiny import tiny_config, write_tiny
 
-STEPS = 24
+STEPS = 16
 COMMON = {
     "training": {"steps": STEPS, "learning_rate": 1e-2},
     "evaluation": {"sets": {}},

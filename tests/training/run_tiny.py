@@ -1,5 +1,6 @@
 """One run of the tiny model in a process of its own, forked from a server that has imported everything already."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -27,6 +28,7 @@ def log(output: Path) -> str:
 
 
 def _run(directory: Path, output: Path, sections: dict[str, Any]) -> None:
+    gc.freeze()  # a collection would write to all that was imported, and so copy the memory that is shared
     os.environ["XLA_FLAGS"] = xla_flags(1)  # read when the first device is asked for
     file = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
