@@ -1,6 +1,9 @@
 """A model, a tokenizer and data small enough to train in a second, written where a run finds them."""
 
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,13 @@ IMPORTED_BY_RUNS = ("transformers.tokenization_utils_tokenizers",)
 
 def write_tiny(directory: Path) -> Path:
     """Writes `model/`, `train.jsonl`, `held_out.jsonl` and `other.jsonl` into `directory`."""
+    return shutil.copytree(_tiny(), directory, dirs_exist_ok=True)
+
+
+@functools.cache
+def _tiny() -> Path:
+    """What every test has a copy of: drawing the model compiles a program for every operation."""
+    directory = Path(tempfile.mkdtemp(prefix="tiny-"))
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
