@@ -1,7 +1,9 @@
 import json
+import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,12 +30,32 @@ output: out
 """
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = write_tiny(tmp_path_factory.mktemp("tiny"))
+    (directory / "run.yaml").write_text(RUN)
+    return directory
+
+
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    write_tiny(tmp_path)
-    (tmp_path / "run.yaml").write_text(RUN)
+def home(tiny, tmp_path, monkeypatch):
+    """A copy in which nothing has run, to work in."""
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def compare(directory: Path, output: str = "out") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "jaxft", "compare", "run.yaml", "method=hft,lora", f"output={output}"]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, env=ONE_DEVICE, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    """A copy in which a comparison has run, and what it said."""
+    directory = tmp_path_factory.mktemp("compared")
+    shutil.copytree(tiny, directory, dirs_exist_ok=True)
+    return directory, compare(directory)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +158,9 @@ def test_the_picture_is_drawn_for_one_run_for_many_and_without_measures():
         assert width >= 1200 and height >= 700
 
 
-def test_compare_trains_each_run_once_and_reports(home):
-    command = [sys.executable, "-m", "jaxft", "compare", "run.yaml", "method=hft,lora"]
-    result = subprocess.run(command, capture_output=True, text=True, env=ONE_DEVICE, timeout=500)
+def test_compare_trains_each_run_once_and_reports(compared, monkeypatch):
+    home, result = compared
+    monkeypatch.chdir(home)
     assert result.returncode == 0, result.stdout + result.stderr
     for words in ("learned most", "compare.png", "jaxft export"):
         assert words in result.stdout
@@ -158,16 +180,19 @@ def test_compare_trains_each_run_once_and_reports(home):
     assert all(finished_report(v) is not None for v in variants)
     assert finished_report(plan("run.yaml", ["method=hft,lora", "seed=1"])[0]) is None
     metrics = (home / "out" / "hft" / "metrics.jsonl").stat().st_mtime_ns
-    again = subprocess.run(command, capture_output=True, text=True, env=ONE_DEVICE, timeout=100)
+    again = compare(home)
     assert again.returncode == 0 and again.stdout.count("reused") == 2
     assert (home / "out" / "hft" / "metrics.jsonl").stat().st_mtime_ns == metrics
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_reported(home):
-    (home / "out").mkdir()
-    (home / "out" / "hft").write_text("in the way")
-    command = [sys.executable, "-m", "jaxft", "compare", "run.yaml", "method=hft,lora"]
-    result = subprocess.run(command, capture_output=True, text=True, env=ONE_DEVICE, timeout=500)
-    assert result.returncode == 2
-    assert "run hft failed" in result.stderr and "out/hft" in result.stderr and "Traceback" not in result.stderr
-    assert [r["name"] for r in json.loads((home / "out" / "compare.json").read_text())["runs"]] == ["lora"]
+def test_a_run_that_fails_is_named_and_the_others_are_reported(compared):
+    home, _ = compared
+    output = home / "another"
+    output.mkdir()
+    (output / "hft").write_text("in the way")
+    (scores,) = (home / "out").glob("baseline-*.json")  # of the same base model, which is not evaluated again
+    shutil.copy(scores, output)
+    result = compare(home, "another")
+    assert result.returncode == 2 and not (output / "base.log").exists()
+    assert "run hft failed" in result.stderr and "another/hft" in result.stderr and "Traceback" not in result.stderr
+    assert [r["name"] for r in json.loads((output / "compare.json").read_text())["runs"]] == ["lora"]
