@@ -22,7 +22,7 @@ def test_every_example_has_a_test() -> None:
 
 
 def test_chain(tmp_path: Path) -> None:
-    losses = load("chain").main(str(tmp_path / "out"), steps=6)
+    losses = load("chain").main(str(tmp_path / "out"), steps=5)
     assert losses[-1] < losses[0]
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
