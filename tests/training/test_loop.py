@@ -163,6 +163,7 @@ def test_another_base_model_at_resume_is_an_error_that_names_both(directory, tmp
         tmp_path / "run",
         model={"path": str(tmp_path / "model")},
         training={"steps": 30, "learning_rate": 1e-2},
+        evaluation={"sets": {}},
     )
     with pytest.raises(Interrupted):
         _interrupted_after(config, tmp_path / "run", 3)
@@ -195,7 +196,11 @@ def _interrupted_after(config, output: Path, steps: int):
 
 def test_a_failing_save_stops_the_run_and_names_the_path(directory, tmp_path):
     config = tiny_config(
-        directory, tmp_path / "run", checkpoint={"every": 2}, training={"steps": 500, "learning_rate": 1e-2}
+        directory,
+        tmp_path / "run",
+        checkpoint={"every": 2},
+        training={"steps": 500, "learning_rate": 1e-2},
+        evaluation={"sets": {}},
     )
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -297,8 +302,9 @@ def test_a_method_that_trains_first_gets_a_training_run(directory, tmp_path):
     assert report.trained_parameters == 200 and report.learned > 0
 
 
-def test_checkpoint_metric_must_exist(directory, tmp_path):
-    config = tiny_config(directory, tmp_path / "run", checkpoint={"metric": "held_out.los"})
+def test_checkpoint_metric_must_exist(directory, finished, tmp_path):
+    scores = {"baseline": str(finished[1] / "baseline.json")}  # of the same model
+    config = tiny_config(directory, tmp_path / "run", checkpoint={"metric": "held_out.los"}, evaluation=scores)
     with pytest.raises(JaxftError, match=r'checkpoint.metric = "held_out.los": did you mean "held_out.loss"'):
         train(config)
 
