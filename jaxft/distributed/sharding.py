@@ -210,12 +210,16 @@ def optimizer_shardings(opt_state: Tree, trainable: Tree, shardings: Tree, mesh:
 def to_host_memory(tree: Tree, shardings: Tree, roles: Roles = DECODER_ROLES, *, only_stacked: bool = False) -> Tree:
     """`shardings` with the matrices of `tree` in host memory; vectors (of layers, too) and scalars stay on the device.
 
-    With `only_stacked`, only matrices of layers, which a scan brings to the device one by one.
+    With `only_stacked`, only matrices of layers, which a scan brings to the device one by one. On a TPU those whose
+    columns on a chip do not fill tiles of 128 stay there: libtpu (0.0.42) lays such a stack out transposed, and fails
+    where a layer of it is fetched.
     """
 
     def place(keys: tuple, a: Any, sharding: NamedSharding) -> NamedSharding:
         is_stacked = any(key_name(k) in roles.stacked for k in keys)
         is_matrix = a.ndim >= 2 + is_stacked and (is_stacked or not only_stacked)
+        if is_matrix and only_stacked and sharding.mesh.devices.flat[0].platform == "tpu":
+            is_matrix = sharding.shard_shape(a.shape)[-1] % 128 == 0
         return sharding.with_memory_kind(HOST_MEMORY) if is_matrix else sharding
 
     return jax.tree_util.tree_map_with_path(place, tree, shardings)

@@ -126,8 +126,9 @@ class TrainingConfig(BaseModel):
         default_factory=list,
         description="What waits in host memory: `optimizer`, the optimizer's state, fetched and stored parameter by "
         "parameter at every update; `frozen`, the frozen matrices of layers, fetched layer by layer (not with "
-        "`model.remat: none`, which keeps them). Less memory of the device for transfers in every step; on a CPU it is "
-        "the same memory, and nothing is gained.",
+        "`model.remat: none`, which keeps them; on a TPU those stay of which a chip has columns that fill no tiles of "
+        "128). Less memory of the device for transfers in every step; on a CPU it is the same memory, and nothing is "
+        "gained.",
     )
     compiler_options: dict[str, bool | int | float | str] = Field(
         default_factory=dict,

@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -38,6 +38,7 @@ from jaxft.distributed.plan import (
     trained_share,
     visible_pairs,
 )
+from jaxft.distributed.sharding import to_host_memory
 from jaxft.distributed.topology import TopologyError, parse_topology
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model
@@ -46,6 +47,7 @@ from jaxft.methods.registry import methods
 from jaxft.models.attention import attention
 from jaxft.partition import combine
 from jaxft.training import compilation, loss
+from jaxft.training.offload import is_readable
 from jaxft.training.state import abstract_state, init_state, tuned_of
 from jaxft.weights import RowSplit
 
@@ -634,6 +636,20 @@ def test_what_waits_in_host_memory_is_fetched_layer_by_layer(directory, quick_co
         shape = ",".join(map(str, stack.sharding.shard_shape(stack.shape)))
         layouts = re.findall(rf"bf16\[{shape}\]{{([^}}]*)}}", text)
         assert layouts and all("S(5)" in layout for layout in layouts), shape
+
+
+@needs_compiler
+def test_what_fills_no_tiles_is_not_fetched_from_host_memory():
+    """libtpu aborts where a layer of such a stack is fetched, and fails where one is read back."""
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), topology.topology_devices(parse_topology("v5e:2x2")))
+    rows, columns = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor", "fsdp")
+    shapes = {"up": ((6, 384, 1000), rows), "gate": ((6, 384, 1024), rows), "down": ((6, 1000, 384), columns)}
+    stacks = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, (shape, _) in shapes.items()}
+    places = {name: NamedSharding(mesh, spec) for name, (_, spec) in shapes.items()}
+    frozen = to_host_memory({"layers": stacks}, {"layers": places}, only_stacked=True)["layers"]
+    assert {name for name, place in frozen.items() if place.memory_kind == "pinned_host"} == {"gate"}
+    readable = {name for name, place in places.items() if is_readable(stacks[name].shape, place)}
+    assert readable == {"gate"}
 
 
 # How much of each weight trains depends on scores of weights or data, so that there are no shapes before there are any.
