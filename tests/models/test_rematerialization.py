@@ -12,22 +12,23 @@ from jaxft.methods import build
 from jaxft.methods.probe import Probe
 from jaxft.partition import combine
 from jaxft.training.loss import language_model_loss
+from jaxft.weights.training import in_training
 from tests.methods.tiny import MIXTURE, MODEL, batches, params
 
 LAYERS = MODEL.config.num_layers
+OPTIONS = {"hft": {"rounds": 2}, "lora": {"dropout": 0.2}}
 
 
 def cut(name, model=MODEL):
-    method = build({"name": name, "rounds": 2} if name == "hft" else name)
+    method = build({"name": name, **OPTIONS.get(name, {})})
     tuned = method.init(jax.random.key(0), params(model=model), Probe())
     moved = jax.tree.map(lambda x: x + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tuned.trainable)
     return tuned._replace(trainable=moved)  # away from the start, where the gradient of half a LoRA is zero
 
 
 def loss_of(tuned, remat, model, trainable):
-    total, weight, _ = language_model_loss(model, remat=remat, chunks=1)(
-        combine(tuned._replace(trainable=trainable)), batches()[0], jax.random.key(1)
-    )
+    params = in_training(combine(tuned._replace(trainable=trainable)), jax.random.key(2))
+    total, weight, _ = language_model_loss(model, remat=remat, chunks=1)(params, batches()[0], jax.random.key(1))
     return total / weight
 
 
