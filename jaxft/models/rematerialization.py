@@ -74,7 +74,7 @@ def _layer_forward(
     block: Block, carry: Tree, below: Tree, layer: Tree, xs: Tree
 ) -> tuple[tuple[tuple[Tree, Tree], Tree], tuple[Tree, ...]]:
     # `symbolic_zeros` says what is differentiated: gradients of what does not train are not asked for.
-    carry, below, xs, whole = _values((carry, below, xs, layer))
+    carry, below, xs, whole = jax.tree.map(lambda p: p.value, (carry, below, xs, layer))
     trained = jax.tree.map(lambda p: p.value if p.perturbed else None, layer)
     frozen = jax.tree.map(lambda p: None if p.perturbed else p.value, layer)
     return _layer(block, carry, below, whole, xs), (_moved(below, jax.memory.Space.Host), trained, frozen, xs)
@@ -106,10 +106,6 @@ def _last(carry: Tree, below: Tree) -> Tree:
 
 
 _last.defvjp(lambda carry, below: (carry, below), lambda below, gradient: (gradient, below))
-
-
-def _values(primals: Tree) -> Tree:
-    return jax.tree.map(lambda p: p.value, primals)
 
 
 def _moved(tree: Tree, space: jax.memory.Space) -> Tree:
