@@ -66,7 +66,7 @@ def test_no_gradient_is_computed_that_is_not_asked_for(name):
         traced = jax.make_jaxpr(jax.grad(functools.partial(loss_of, tuned, remat, MODEL)))(tuned.trainable)
         return sum(e.primitive.name == "dot_general" for e in equations(traced.jaxpr))
 
-    # The last projection of a layer that is computed again, three products with LoRA, is for nothing: XLA leaves it out.
+    # The last projection of a layer that is computed again, three products with LoRA, is for nothing; XLA drops it.
     assert products("offload") <= products("block") + (3 if name == "lora" else 1)
 
 
