@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 PAGE = ROOT / "docs" / "scale.md"
 MASTERS = ("model.param_dtype=float32", "model.frozen_dtype=bfloat16")  # of what trains; the rest stays bfloat16
+SMALL = ("model.path=preset:qwen3-0.6b",)
+EXPERTS = ("model.path=preset:qwen3-30b-a3b", "data.batch_size=64", "mesh=auto")
+TILES = "model.attention=splash:128x128"
 
 # name: (configuration, topology, overrides, the most GiB a chip it should need)
 ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
@@ -50,10 +53,13 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
         "llama3.1-70b-hft", "2*v5e:16x16", ("mesh.data=2", "mesh.dcn=2", "data.batch_size=512"), None,
     ),
     "8b full, 2 slices": ("llama3.1-8b-full", "2*v5e:4x4", ("mesh.data=2", "mesh.dcn=2", "data.batch_size=32"), None),
-    "qwen3 0.6b full": ("llama3.1-8b-full", "v5e:2x4", ("model.path=preset:qwen3-0.6b",), None),
-    "qwen3 30b-a3b full": (
-        "llama3.1-8b-full", "v5e:8x8", ("model.path=preset:qwen3-30b-a3b", "data.batch_size=64", "mesh=auto"), None,
-    ),
+    "qwen3 0.6b full": ("llama3.1-8b-full", "v5e:2x4", SMALL, None),
+    "qwen3 0.6b lora": ("llama3.1-8b-lora", "v5e:2x4", SMALL, None),
+    "qwen3 0.6b lora, small tiles": ("llama3.1-8b-lora", "v5e:2x4", (*SMALL, TILES), None),
+    "qwen3 30b-a3b full": ("llama3.1-8b-full", "v5e:8x8", EXPERTS, None),
+    "qwen3 30b-a3b full, small tiles": ("llama3.1-8b-full", "v5e:8x8", (*EXPERTS, TILES), None),
+    "qwen3 30b-a3b lora": ("llama3.1-8b-lora", "v5e:8x8", EXPERTS, None),
+    "qwen3 30b-a3b lora, small tiles": ("llama3.1-8b-lora", "v5e:8x8", (*EXPERTS, TILES), None),
     "70b hft, 16 slices": (
         "llama3.1-70b-hft", "16*v5e:16x16", ("mesh.data=16", "mesh.dcn=16", "data.batch_size=4096"), None,
     ),
@@ -124,12 +130,13 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
   (parameters, moments), *temporary* the rest. AdamW; per-layer recomputation; parameters divided over all chips (FSDP).
 - **host**: GiB of host memory for a chip (`training.offload`, `remat: offload`), not in HBM. Copies are not timed.
 - **FLOPs**: of the compiled step over the least the method needs (forward, gradients of activations, gradients of the
-  weights that train, what is recomputed), loops counted as often as they run. Attention computes whole blocks, of 256
+  weights that train, what is recomputed), loops counted as often as they run. Attention computes whole tiles, of 256
   positions by 256 keys where heads share keys and of 512 x 512 elsewhere, of which the diagonal ones are half masked;
-  that weighs most in small models and in mixtures of experts.
+  that weighs most in small models and in mixtures of experts. *small tiles*: `model.attention=splash:128x128`
+  ([Tiles of attention](planning.md#tiles-of-attention)).
 - **sent**: GiB one chip sends a step; *hidden*: the part of it that runs beside matrix products.
 - **best**: roofline, every unit at its peak: milliseconds a step and model FLOPs utilisation. A bound, no forecast.
-- **compile**: seconds on the machine of that day, and of CPU time.
+- **compile**: seconds on the machine of that day, and of CPU time. Another one of two cores took three times as long.
 - 70b hft keeps the inputs of its layers in host memory (`remat: offload`), 5 GiB a chip.
 - Everything is bfloat16 unless the row says that what trains has float32 masters and moments.
 

@@ -35,6 +35,7 @@ from jaxft.evaluation import EvaluationConfig
 from jaxft.hub import load_model, resolve
 from jaxft.hub.load import EMBEDDED, PRESET
 from jaxft.methods.registry import get_method, methods
+from jaxft.models.attention import parse_implementation
 from jaxft.training.loop import TrainingConfig
 from jaxft.training.metrics import LoggingConfig
 
@@ -67,8 +68,10 @@ class ModelConfig(BaseModel):
     compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Of activations and matrix products. bfloat16 on TPU and GPU."
     )
-    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
-        "auto", description="Attention implementation; auto: splash on TPU, cudnn on GPU, xla elsewhere."
+    attention: str = Field(
+        "auto",
+        description="Attention implementation: auto, xla, splash or cudnn; auto: splash on TPU, cudnn on GPU, xla "
+        "elsewhere. splash:128x256 computes tiles of 128 positions and 256 keys (docs/planning.md).",
     )
     remat: Literal["none", "block", "dots", "offload"] = Field(
         "block",
@@ -81,6 +84,15 @@ class ModelConfig(BaseModel):
         description="Coefficient of the load-balancing loss of a mixture of experts; null: `router_aux_loss_coef` of "
         "the model's config.json if `output_router_logits` is set there, else 0.",
     )
+
+    @field_validator("attention")
+    @classmethod
+    def _is_implementation(cls, value: str) -> str:
+        try:
+            parse_implementation(value)
+        except JaxftError as error:
+            raise ValueError(str(error)) from None
+        return value
 
 
 def _method_options(value: Any) -> MethodOptions:

@@ -27,7 +27,7 @@ from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyErro
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model
 from jaxft.methods import build
-from jaxft.models.attention import computed_pairs, tiling
+from jaxft.models.attention import computed_pairs, parse_implementation, tiling
 from jaxft.models.expert_parallel import SPARE
 from jaxft.models.mixture import is_gated_before_down
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
@@ -340,7 +340,9 @@ def read_plan(
         costs = hlo.costs(
             hlo.parse(compiled.step.as_text()),
             taken=trained_share(combine(tuned)),
-            kernels=kernel_flops(model.config, rows // config.training.accumulation, seq_len, mesh),
+            kernels=kernel_flops(
+                model.config, rows // config.training.accumulation, seq_len, mesh, config.model.attention
+            ),
         )
         if costs.unread:
             notes += (
@@ -517,13 +519,14 @@ def _scattered(path: str, w: Any) -> int:
     return sum(_entries(path, x.base) for x in inside)
 
 
-def kernel_flops(config: Any, rows: int, seq_len: int, mesh: Mesh) -> hlo.Kernels:
+def kernel_flops(config: Any, rows: int, seq_len: int, mesh: Mesh, attention: str = "auto") -> hlo.Kernels:
     """FLOPs of the kernels whose inside a compiled program does not show: splash attention, products of experts.
 
-    `rows` of `seq_len` tokens go through the model at once.
+    `rows` of `seq_len` tokens go through the model at once. `attention` is its implementation.
     """
-    attention, most = attention_kernels(config, rows, seq_len, mesh), expert_rows(config, rows, seq_len, mesh)
-    return lambda op, operands: attention(op, operands) + grouped_kernels(op, operands, most)
+    most = expert_rows(config, rows, seq_len, mesh)
+    attend = attention_kernels(config, rows, seq_len, mesh, attention)
+    return lambda op, operands: attend(op, operands) + grouped_kernels(op, operands, most)
 
 
 def expert_rows(config: Any, rows: int, seq_len: int, mesh: Mesh) -> float:
@@ -548,18 +551,18 @@ def grouped_kernels(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ..
     return 2 * min(left[0], most) * left[1] * result[1]
 
 
-def attention_kernels(config: Any, rows: int, seq_len: int, mesh: Mesh) -> hlo.Kernels:
+def attention_kernels(config: Any, rows: int, seq_len: int, mesh: Mesh, attention: str = "auto") -> hlo.Kernels:
     """FLOPs of the splash attention kernels, which compute whole blocks and skip those that nothing sees.
 
     `rows` go through the model at once. Where layers are of two kinds each has its kernels, in the branches of a
     conditional; every kernel counts as the mean layer, so that it does not matter how often which branch runs.
     """
-    windows = _windows(config)
+    windows, (_, tile) = _windows(config), parse_implementation(attention)
 
     @functools.cache
     def layer(window: int | None) -> tuple[float, float]:
         """How many products of all queries with all keys a layer computes, forward and backward."""
-        cut = tiling(rows, seq_len, config.num_heads, config.num_kv_heads, config.head_dim, window)
+        cut = tiling(rows, seq_len, config.num_heads, config.num_kv_heads, config.head_dim, window, tile)
 
         def seen(keys: int) -> float:
             return computed_pairs(seq_len, cut.granule, keys, window) / seq_len**2

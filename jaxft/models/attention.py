@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxft.models.sharding import mesh_axes, platform, spec_of
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PROMPT_SEGMENT = -1  # the segment of virtual tokens: as keys they are visible to every segment
 _MIN_BLOCK, _MAX_BLOCK = 128, 512  # sides of a tile of splash attention: the lane width of a TPU, and 2^18 scores
+_MAX_ROWS = 1024  # of a tile
 _MAX_FUSED = 2**18  # elements of a block of keys of its fused backward kernel, for the VMEM of a v5e
 _PARTIAL = 240  # FLOPs that it does while HBM delivers two bytes: 197 TFLOP/s, of which it reaches half, by 819 GB/s
 _PARTIAL_BYTES = 2**30  # of gradients of queries by block of keys
@@ -49,22 +51,26 @@ def attention(
     of the queries. `heads` is a multiple of `kv_heads`: query head h reads key/value head `h // (heads / kv_heads)`.
 
     Implementations: "xla" runs everywhere; "splash" is the Pallas flash attention for TPU that ships with JAX
-    (interpreted, slowly, elsewhere); "cudnn" is cuDNN's for GPU, in bf16 or fp16; "auto" takes the fastest that can
-    compute the case. Asking for one that cannot raises JaxftError with the reason.
+    (interpreted, slowly, elsewhere), "splash:128x256" the same in tiles of 128 positions and 256 keys (`tiling` chooses
+    otherwise); "cudnn" is cuDNN's for GPU, in bf16 or fp16; "auto" takes the fastest that can compute the case. Asking
+    for one that cannot raises JaxftError with the reason.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise JaxftError(f'attention "{implementation}" is unknown: {nearest(implementation, IMPLEMENTATIONS)}')
+    asked = implementation
+    implementation, tile = parse_implementation(asked)
     is_self = key_positions is None
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    obstacle = functools.partial(
+        _obstacle, q=q, k=k, is_self=is_self, causal=causal, softcap=softcap, sliding_window=sliding_window, tile=tile
+    )
     if implementation == "auto":
         implementation = {"tpu": "splash", "gpu": "cudnn"}.get(platform(), "xla")
-        if _obstacle(implementation, q, k, is_self=is_self, causal=causal, softcap=softcap):
+        if obstacle(implementation):
             implementation = "xla"
-    elif reason := _obstacle(implementation, q, k, is_self=is_self, causal=causal, softcap=softcap):
-        raise JaxftError(f'attention "{implementation}" cannot be used here: {reason}. Use "auto" or "xla"')
+    elif reason := obstacle(implementation):
+        raise JaxftError(f'attention "{asked}" cannot be used here: {reason}. Use "auto" or "xla"')
 
     if implementation == "splash":
-        return _splash(q, k, v, segment_ids, sliding_window=sliding_window, scale=scale, softcap=softcap)
+        return _splash(q, k, v, segment_ids, sliding_window=sliding_window, scale=scale, softcap=softcap, tile=tile)
     mask = _mask(
         positions,
         positions if is_self else key_positions,
@@ -89,8 +95,35 @@ def attention(
     return _xla(q, k, v, mask, scale, softcap)
 
 
+def parse_implementation(text: str) -> tuple[str, tuple[int, int] | None]:
+    """The name of an implementation, and the positions and keys of its tiles where these are given ("splash:128x256").
+
+    Raises:
+        JaxftError: there is no such implementation; names the nearest.
+    """
+    name, colon, sides = text.partition(":")
+    if name not in IMPLEMENTATIONS:
+        raise JaxftError(f'attention "{text}" is unknown: {nearest(name, IMPLEMENTATIONS)}')
+    if not colon:
+        return name, None
+    found = re.fullmatch(r"(\d+)x(\d+)", sides)
+    if name != "splash" or not found:
+        raise JaxftError(
+            f'attention "{text}": tiles are those of splash attention, positions x keys, as in "splash:128x256"'
+        )
+    return name, (int(found[1]), int(found[2]))
+
+
 def _obstacle(
-    implementation: str, q: Array, k: Array, *, is_self: bool, causal: bool, softcap: float | None
+    implementation: str,
+    q: Array,
+    k: Array,
+    *,
+    is_self: bool,
+    causal: bool,
+    softcap: float | None,
+    sliding_window: int | None,
+    tile: tuple[int, int] | None,
 ) -> str | None:
     """Why an implementation cannot compute this case, or None if it can. `k` serves the shapes of the case only."""
     if implementation == "xla":
@@ -106,6 +139,11 @@ def _obstacle(
             return "it is used for causal attention only"
         if platform() == "tpu" and head_dim % 64:
             return f"head_dim {head_dim} is not a multiple of 64"
+        pieces = _positions(seq, sliding_window), seq
+        for side, name, size in zip(tile or (), ("positions", "keys"), pieces, strict=False):
+            fitting = [n for n in range(_MIN_BLOCK, min(size, _MAX_ROWS) + 1, _MIN_BLOCK) if size % n == 0]
+            if side not in fitting:
+                return f"{side} {name} are no side of a tile: {', '.join(map(str, fitting))} are"
         return None
     if platform() != "gpu":
         return "there is no GPU"
@@ -232,6 +270,12 @@ def _is_zigzag(seq: int, sliding_window: int | None) -> bool:
     return shards > 1 and sliding_window is None and seq % (2 * _MIN_BLOCK * shards) == 0
 
 
+def _positions(seq: int, sliding_window: int | None) -> int:
+    """How many consecutive queries of a row a device holds, at least."""
+    shards = _sequence_shards(seq)
+    return seq // (2 * shards if _is_zigzag(seq, sliding_window) else shards)
+
+
 def _splash(
     q: Array,
     k: Array,
@@ -241,6 +285,7 @@ def _splash(
     sliding_window: int | None,
     scale: float,
     softcap: float | None,
+    tile: tuple[int, int] | None,
 ) -> Array:
     """Splash attention, one call a device: batch, heads and query positions are cut over the ambient mesh.
 
@@ -251,7 +296,7 @@ def _splash(
     """
     batch, seq, num_heads, head_dim = q.shape
     kv_heads, group = k.shape[2], num_heads // k.shape[2]
-    cut = tiling(batch, seq, num_heads, kv_heads, head_dim, sliding_window)
+    cut = tiling(batch, seq, num_heads, kv_heads, head_dim, sliding_window, tile)
     batch_axes, sequence_axes = mesh_axes("batch", batch), mesh_axes("sequence", seq) or ()
     heads_axes = mesh_axes("heads", kv_heads)
     is_zigzag = _is_zigzag(seq, sliding_window)
@@ -322,7 +367,13 @@ class Tiling:
 
 
 def tiling(
-    batch: int, seq: int, num_heads: int, kv_heads: int, head_dim: int, sliding_window: int | None = None
+    batch: int,
+    seq: int,
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    sliding_window: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Tiling:
     """The tiling for queries `[batch, seq, num_heads, head_dim]` on the ambient mesh.
 
@@ -334,10 +385,15 @@ def tiling(
     The fused backward kernel forms the scores once where two form them twice, but writes the gradient of a query once
     for every block of keys, and these are summed afterwards: its blocks are as large as makes both together cheapest,
     and heads take turns where all these gradients would be more than `_PARTIAL_BYTES`.
+
+    With a `tile`, its positions and keys are those of all kernels.
     """
     group, shards = num_heads // kv_heads, _sequence_shards(seq)
-    positions = seq // (2 * shards if _is_zigzag(seq, sliding_window) else shards)
-    granule, rows, keys = _tile(positions, seq, group, min(seq, sliding_window or seq))
+    if tile:
+        granule, keys = tile
+        rows = granule * max(n for n in range(1, group + 1) if group % n == 0 and granule * n <= _MAX_ROWS)
+    else:
+        granule, rows, keys = _tile(_positions(seq, sliding_window), seq, group, min(seq, sliding_window or seq))
     heads = kv_heads // _shards("heads", kv_heads)
     head_bytes = batch // _shards("batch", batch) * group * seq // shards * head_dim * 2  # of a gradient, in bfloat16
 
@@ -345,7 +401,8 @@ def tiling(
         return 2 * computed_pairs(seq, granule, keys, sliding_window) / seq
 
     costs: dict[tuple[int | None, int], float] = {(None, heads): 7 * computed(keys)}
-    for size in range(keys, min(seq, max(_MAX_FUSED // head_dim, keys)) + 1, keys):
+    largest = keys if tile else min(seq, max(_MAX_FUSED // head_dim, keys))
+    for size in range(keys, largest + 1, keys):
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n * head_bytes * seq // size <= _PARTIAL_BYTES]
         if seq % size == 0 and fitting:
             costs[size, max(fitting)] = 5 * computed(size) + _PARTIAL * seq // size
@@ -361,7 +418,7 @@ def _tile(positions: int, seq: int, group: int, span: int) -> tuple[int, int, in
         (granule * heads, -granule)
         for granule in (128, 256)
         for heads in range(1, group + 1)
-        if positions % granule == 0 and group % heads == 0 and granule * heads <= 1024
+        if positions % granule == 0 and group % heads == 0 and granule * heads <= _MAX_ROWS
     ]
     rows, granule = max(tiles, default=(block, -block))
     if rows * min(keys, 256) < min(2**17, block**2):
@@ -413,7 +470,8 @@ def _row_mask(positions: np.ndarray, group: int, cut: Tiling, sliding_window: in
 
 def _block_sizes(cut: Tiling) -> splash_attention.BlockSizes:
     is_fused = cut.fused_keys is not None
-    multiplied = cut.keys if cut.rows * cut.keys <= _MAX_BLOCK**2 else 256  # at a time, of the keys of a block
+    pieces = (n for n in range(_MIN_BLOCK, cut.keys + 1, _MIN_BLOCK) if cut.keys % n == 0)
+    multiplied = max(n for n in pieces if cut.rows * n <= _MAX_BLOCK**2)  # of the keys of a block, at a time
     return splash_attention.BlockSizes(
         block_q=cut.rows,
         block_kv=cut.keys,

@@ -166,18 +166,20 @@ def pallas_calls(jaxpr, times=1):
 
 
 @pytest.mark.parametrize(
-    ("seq", "window", "heads", "kv_heads", "sizes", "settings", "products"),
+    ("seq", "window", "heads", "kv_heads", "sizes", "splash", "settings", "products"),
     [
-        (2048, None, 2, 2, {}, {}, 7),  # no group: blocks of 512 x 512
-        (1152, None, 4, 2, {}, {}, 7),  # 9 x 128
-        (2048, None, 8, 2, {"fsdp": 2, "tensor": 2, "sequence": 2}, {}, 7),  # zigzag
-        (2048, 300, 8, 2, {"tensor": 2, "sequence": 2}, {}, 7),
-        (2048, 300, 4, 1, {"sequence": 2}, {"_PARTIAL": 10**6}, 9),  # two kernels backward
-        (2048, None, 8, 2, {}, {"_PARTIAL_BYTES": 2**21}, 7),  # larger blocks of keys, one head after the other
+        (2048, None, 2, 2, {}, "splash", {}, 7),  # no group: blocks of 512 x 512
+        (1152, None, 4, 2, {}, "splash", {}, 7),  # 9 x 128
+        (2048, None, 8, 2, {"fsdp": 2, "tensor": 2, "sequence": 2}, "splash", {}, 7),  # zigzag
+        (2048, 300, 8, 2, {"tensor": 2, "sequence": 2}, "splash", {}, 7),
+        (2048, 300, 4, 1, {"sequence": 2}, "splash", {"_PARTIAL": 10**6}, 9),  # two kernels backward
+        # Larger blocks of keys, one head after the other.
+        (2048, None, 8, 2, {}, "splash", {"_PARTIAL_BYTES": 2**21}, 7),
+        (2048, 300, 8, 2, {"sequence": 2}, "splash:128x256", {}, 7),
     ],
 )
 def test_attention_is_counted_by_the_blocks_that_its_kernels_do_not_skip(
-    monkeypatch, seq, window, heads, kv_heads, sizes, settings, products
+    monkeypatch, seq, window, heads, kv_heads, sizes, splash, settings, products
 ):
     made, rows, dim = [], 4, 16
     make = splash_attention.make_splash_mha
@@ -190,13 +192,13 @@ def test_attention_is_counted_by_the_blocks_that_its_kernels_do_not_skip(
 
     def run(q, k, v):
         positions = np.arange(seq)[None]
-        return attention(q, k, v, positions=positions, sliding_window=window, implementation="splash").sum()
+        return attention(q, k, v, positions=positions, sliding_window=window, implementation=splash).sum()
 
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(*shapes).jaxpr
     described = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
     described |= {"sliding_window": window, "sliding_layers": (window is not None,)}
-    count = attention_kernels(types.SimpleNamespace(**described), rows, seq, mesh)
+    count = attention_kernels(types.SimpleNamespace(**described), rows, seq, mesh, splash)
     counted = sum(count(call, operands) * times for call, operands, times in pallas_calls(jaxpr))
 
     given, plain = made[0], splash_attention.CausalMask(made[0]["mask"].shape[1:])

@@ -10,7 +10,15 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxft.errors import JaxftError
-from jaxft.models.attention import PROMPT_SEGMENT, attention, from_zigzag, tiling, to_zigzag, zigzag_positions
+from jaxft.models.attention import (
+    PROMPT_SEGMENT,
+    attention,
+    from_zigzag,
+    parse_implementation,
+    tiling,
+    to_zigzag,
+    zigzag_positions,
+)
 
 module = sys.modules[attention.__module__]
 
@@ -74,26 +82,30 @@ def test_xla_is_the_definition(sliding_window, softcap, scale):
 
 
 @pytest.mark.parametrize(
-    ("sliding_window", "softcap", "scale", "heads", "kv_heads", "seq", "settings", "expected"),
+    ("sliding_window", "softcap", "scale", "heads", "kv_heads", "seq", "splash", "settings", "expected"),
     [
-        (None, None, None, 2, 2, 1024, {}, (512, 512, 512, 512, 2)),  # granule, rows, keys, fused keys, heads at a time
-        (None, None, None, 4, 2, 512, {}, (256, 512, 256, 256, 2)),
-        (200, 5.0, 0.1, 4, 1, 512, {}, (256, 1024, 256, 256, 1)),
-        (None, None, None, 8, 1, 512, {}, (128, 1024, 256, 256, 1)),
-        (40, None, None, 6, 2, 128, {}, (128, 384, 128, 128, 2)),  # what does not divide: a group of three,
-        (200, 5.0, None, 8, 2, 384, {}, (128, 512, 128, 128, 2)),  # an odd number of blocks
-        (None, None, None, 1, 1, 384, {}, (128, 128, 128, 128, 1)),
-        (200, 5.0, None, 4, 2, 512, {"_PARTIAL": 10**6}, (256, 512, 256, None, 2)),  # two kernels, as for windows
+        # Expected are granule, rows, keys, fused keys, and heads at a time.
+        (None, None, None, 2, 2, 1024, "splash", {}, (512, 512, 512, 512, 2)),
+        (None, None, None, 4, 2, 512, "splash", {}, (256, 512, 256, 256, 2)),
+        (200, 5.0, 0.1, 4, 1, 512, "splash", {}, (256, 1024, 256, 256, 1)),
+        (None, None, None, 8, 1, 512, "splash", {}, (128, 1024, 256, 256, 1)),
+        (40, None, None, 6, 2, 128, "splash", {}, (128, 384, 128, 128, 2)),  # what does not divide: a group of three,
+        (200, 5.0, None, 8, 2, 384, "splash", {}, (128, 512, 128, 128, 2)),  # an odd number of blocks
+        (None, None, None, 1, 1, 384, "splash", {}, (128, 128, 128, 128, 1)),
+        # Two kernels, as for windows.
+        (200, 5.0, None, 4, 2, 512, "splash", {"_PARTIAL": 10**6}, (256, 512, 256, None, 2)),
         # Larger blocks of keys, and one head after the other, as for long rows.
-        (None, 5.0, None, 8, 2, 1024, {"_PARTIAL_BYTES": 2**19}, (256, 1024, 256, 512, 1)),
+        (None, 5.0, None, 8, 2, 1024, "splash", {"_PARTIAL_BYTES": 2**19}, (256, 1024, 256, 512, 1)),
+        (None, None, None, 8, 1, 512, "splash:128x128", {}, (128, 1024, 128, 128, 1)),  # as asked for
+        (200, 5.0, 0.1, 4, 2, 1536, "splash:512x768", {}, (512, 1024, 768, 768, 2)),
     ],
 )
 def test_splash_equals_xla_in_values_and_gradients(
-    monkeypatch, sliding_window, softcap, scale, heads, kv_heads, seq, settings, expected
+    monkeypatch, sliding_window, softcap, scale, heads, kv_heads, seq, splash, settings, expected
 ):
     for name, value in settings.items():
         monkeypatch.setattr(module, name, value)
-    cut = tiling(2, seq, heads, kv_heads, 16, sliding_window)
+    cut = tiling(2, seq, heads, kv_heads, 16, sliding_window, parse_implementation(splash)[1])
     assert (cut.granule, cut.rows, cut.keys, cut.fused_keys, cut.heads) == expected
     q, k, v = inputs(seq=seq, heads=heads, kv_heads=kv_heads)
     segments = packed(2, seq)
@@ -116,7 +128,7 @@ def test_splash_equals_xla_in_values_and_gradients(
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-    for a, b in zip(jax.tree.leaves(run("splash")), jax.tree.leaves(run("xla")), strict=True):
+    for a, b in zip(jax.tree.leaves(run(splash)), jax.tree.leaves(run("xla")), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
 
 
@@ -243,19 +255,25 @@ def test_half_precision_is_close_and_keeps_its_dtype():
 
 
 @pytest.mark.parametrize(
-    ("implementation", "message"),
+    ("implementation", "seq", "message"),
     [
-        ("splash", "the sequence length 24 is not a multiple of 128"),
-        ("cudnn", "there is no GPU"),
-        ("flash", 'attention "flash" is unknown: did you mean "splash"'),
+        ("splash", 24, "the sequence length 24 is not a multiple of 128"),
+        ("cudnn", 24, "there is no GPU"),
+        ("flash", 24, 'attention "flash" is unknown: did you mean "splash"'),
+        ("splash:100x128", 256, 'attention "splash:100x128" cannot .* 100 positions are no side .*: 128, 256 are'),
+        ("splash:128x384", 512, "384 keys are no side of a tile: 128, 256, 512 are"),
+        ("splash:2048x0", 2048, "2048 positions"),
+        ("splash:128x0", 256, "0 keys"),
+        ("splash:128", 256, 'tiles are .* positions x keys, as in "splash:128x256"'),
+        ("xla:128x128", 256, "tiles are those of splash attention"),
     ],
 )
-def test_what_cannot_run_says_why(implementation, message):
+def test_what_cannot_run_says_why(implementation, seq, message):
     if implementation == "cudnn" and jax.default_backend() == "gpu":
         pytest.skip("there is a GPU")
-    q, k, v = inputs(seq=24)
+    q, k, v = inputs(seq=seq)
     with pytest.raises(JaxftError, match=message):
-        attention(q, k, v, positions=np.arange(24)[None], implementation=implementation)
+        attention(q, k, v, positions=np.arange(seq)[None], implementation=implementation)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16])
