@@ -35,23 +35,17 @@ class Packed(Node):
         return (*self.start.shape, *window)
 
 
-def pack(index: Int[np.ndarray, "layers k"], n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How rows padded with indices of `n` or more are packed.
+def pack(counts: Int[np.ndarray, " layers"], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How rows of `k` are packed of which the first `counts` mean something, the rest is padding.
 
     Returns:
-        the indices of the windows `[layers, k]`, their starts `[layers]`, and the flat positions, in `index`, of what
-        the packed array holds `[total]`.
+        how far what a row holds lies behind the start of its window (roll it by that) `[layers]`, where the windows
+        start `[layers]`, and the flat positions, in the rows, of what the packed array holds `[total]`.
     """
-    layers, k = index.shape
-    valid = index < n
-    counts = valid.sum(1)
     before = np.cumsum(counts) - counts
     start = np.minimum(before, max(int(counts.sum()) - k, 0))
-    windows = np.full((layers, k), n, index.dtype)
-    for layer in range(layers):
-        offset = before[layer] - start[layer]
-        windows[layer, offset : offset + counts[layer]] = index[layer, valid[layer]]
-    return windows, start.astype(np.int32), np.flatnonzero(valid.reshape(-1))
+    held = np.flatnonzero(np.arange(k) < counts[:, None])
+    return (before - start).astype(np.int32), start.astype(np.int32), held
 
 
 def repack(w: Packed, windows: Float[Array, "..."], own: Bool[Array, "*layers k"]) -> Packed:

@@ -102,14 +102,17 @@ def packed_up(w: SparseDelta | BlockSplit | RowSplit, slices: int = D) -> Sparse
         RowSplit: ("rows", "index", slices, getattr(w, "axis", None)),
     }[type(w)]
     index = np.asarray(getattr(w, where))
-    windows, start, held = pack(index.reshape(-1, index.shape[-1]), n)
+    rows = index.reshape(-1, index.shape[-1])
+    rows = np.take_along_axis(rows, np.argsort(rows >= n, axis=1, kind="stable"), 1)  # padding comes last
+    moved, start, held = pack((rows < n).sum(1), rows.shape[1])
+    windows = jax.vmap(jnp.roll)(jnp.asarray(rows), moved)
     trained = jnp.moveaxis(getattr(w, field).value, axis, index.ndim - 1)
     array = trained.reshape(-1, *trained.shape[index.ndim :])[held]
     array = jnp.pad(array, ((0, -len(array) % 8), *((0, 0),) * (array.ndim - 1)))  # so that it divides over the mesh
     array = jnp.moveaxis(array, 0, axis)
     start = jnp.asarray(start.reshape(index.shape[:-1]))
     values = Packed(Trains(array), start, index.shape[-1], axis % array.ndim)
-    return w.replace(**{field: values, where: jnp.asarray(windows.reshape(index.shape))})
+    return w.replace(**{field: values, where: windows.reshape(index.shape)})
 
 
 def frozen_node_split() -> Split:

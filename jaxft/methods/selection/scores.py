@@ -60,14 +60,18 @@ Score = Callable[[PRNGKeyArray, Candidates, Probe], dict[str, Array]]
 units), or of the units themselves."""
 
 
-def random() -> Score:
-    """Uniform noise: any unit as likely as another."""
+class Random:
+    """Uniform noise: any unit as likely as another. How many of a matrix are among the best follows from numbers alone
+    (`jaxft.methods.selection.units.drawn_counts`)."""
 
-    def score(rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
+    def __call__(self, rng: PRNGKeyArray, candidates: Candidates, probe: Probe) -> dict[str, Array]:
         with jax.ensure_compile_time_eval() if candidates.decide else contextlib.nullcontext():
             return {p: _uniform(path_key(rng, p), shape) for p, shape in candidates.units.items()}
 
-    return score
+
+def random() -> Score:
+    """See `Random`."""
+    return Random()
 
 
 @functools.partial(jax.jit, static_argnums=1)

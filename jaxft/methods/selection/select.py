@@ -14,9 +14,9 @@ from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, Signals, fold_in, rewrite
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
-from jaxft.methods.selection.layers import at_rounds, every, layer_counts
+from jaxft.methods.selection.layers import at_rounds, every, generator, layer_counts
 from jaxft.methods.selection.redraw import PARTS, OptimizerState, UnitNode, Values, num_units, redraw, unit_axis
-from jaxft.methods.selection.scores import Candidates, Dense, Score, make_score
+from jaxft.methods.selection.scores import Candidates, Dense, Random, Score, make_score
 from jaxft.methods.selection.units import (
     WITHIN,
     Budget,
@@ -161,12 +161,12 @@ def selection(
             raise JaxftError("every score is zero: the budget covers nothing")
 
         def cut(path: str, w: Weight) -> Weight:
-            mask, k = chosen[path]
+            mask, counts = chosen[path]
             stacked = probe.roles.is_stacked(path)
             if granularity in WITHIN:
                 with as_values(mask):
-                    index = positions(mask, k)
-                return cut_units(w, index, granularity, size, stacked)
+                    index = positions(mask, int(counts.max()))
+                return cut_units(w, index, granularity, size, stacked, counts)
             return cut_layers(w, np.asarray(mask)[:, 0]) if stacked and granularity != "leaf" else Trains(w)
 
         tuned = split(rewrite(params, list(chosen), cut, roles=probe.roles))
@@ -228,15 +228,17 @@ def choose(
     on: Selector | None,
     *,
     keep_empty: bool = False,
-) -> dict[str, tuple[Array, int]]:
-    """What trains of a model that may carry marks: path -> (mask of units `[pools, n]`, the most that any row has).
+) -> dict[str, tuple[Array, np.ndarray]]:
+    """What trains of a model that may carry marks: path -> (mask of units `[pools, n]`, how many each row has).
 
     Leaves of which nothing trains are left out, unless `keep_empty`.
     """
     paths, allowed = _candidates(params, on, probe.roles, measure.granularity)
     weights = weights_by_path(params)
     # Within matrices each has as many as any other of its shape, whichever they are.
-    decide = per != "matrix" or measure.granularity not in WITHIN or isinstance(budget, Cover)
+    is_shared = per != "matrix" and measure.granularity in WITHIN
+    draws = generator(fold_in(rng, 1)) if is_shared and isinstance(measure.score, Random) else None
+    decide = draws is None and (is_shared or measure.granularity not in WITHIN or isinstance(budget, Cover))
     scores = measure.units(fold_in(rng, 0), {p: weights[p] for p in paths}, unmarked(params), probe, decide)
     matrices = {p: shape_of(weights[p])[probe.roles.is_stacked(p) :] for p in paths}
     units = {"element": "entries", "matrix": "matrices", "leaf": "leaves"}.get(measure.granularity)
@@ -247,8 +249,8 @@ def choose(
             every = {"layer": np.logical_and.reduce(list(allowed.values()))}
             chosen = dict.fromkeys(paths, spend(whole, every, budget, "leaf", {}, {}, units)["layer"])
         else:
-            chosen = spend(scores, allowed, budget, per, _categories(probe.roles, params), matrices, units)
-    return {p: (mask, k) for p, (mask, k) in chosen.items() if k or keep_empty}
+            chosen = spend(scores, allowed, budget, per, _categories(probe.roles, params), matrices, units, draws)
+    return {p: (mask, counts) for p, (mask, counts) in chosen.items() if counts.any() or keep_empty}
 
 
 def as_values(*arrays: Array) -> contextlib.AbstractContextManager:
@@ -329,27 +331,29 @@ WASTE = 1.25  # rows longer than this, over the units in them, are packed,
 WORTH = 1024  # if that saves so many entries
 
 
-def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool) -> Weight:
-    """The node that trains the units at `index [pools, k]` of a weight, with its mark; packed if that saves much."""
+def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: bool, counts: np.ndarray) -> Weight:
+    """The node that trains the units at `index [pools, k]` of a weight, with its mark; packed if that saves much.
+
+    `counts` says how many each row has, before those that pad it.
+    """
     cut = _cut_units(w, index, granularity, size, stacked)
     field, where = PARTS[type(cut)]
-    index = getattr(cut, where)
-    if not stacked or isinstance(index, jax.core.Tracer):
+    index, trained = getattr(cut, where), getattr(cut, field).value
+    rows = index.reshape(-1, index.shape[-1])
+    counts = counts * (size if granularity in ("row", "column") else 1)
+    count = int(counts.sum())
+    if not stacked or rows.size <= WASTE * count or trained.size * (1 - count / rows.size) < WORTH:
         return cut
-    if not (index.is_fully_addressable or index.is_fully_replicated):
-        return cut  # packing is done on the host, which does not see it
-    n, rows = num_units(unmarked(cut)), np.asarray(index).reshape(-1, index.shape[-1])
-    trained, count = getattr(cut, field).value, int((rows < n).sum())
-    if rows.size <= WASTE * count or trained.size * (1 - count / rows.size) < WORTH:
-        return cut
-    windows, start, held = pack(rows, n)
+    moved, start, held = pack(counts, index.shape[-1])
+    with as_values(index):
+        windows = jax.vmap(jnp.roll)(rows, moved).reshape(index.shape)
     axis = unit_axis(cut)
     # Some zeros at the end, where they are few, so that the array divides over a mesh.
     length = next(n for unit in (256, 16, 1) if (n := -(-held.size // unit) * unit) <= 1.02 * held.size)
     flat = _end_to_end(trained, held, index.ndim - 1, axis, length)
     start = jnp.asarray(start.reshape(index.shape[:-1]))
     trained = Packed(Trains(flat), start, index.shape[-1], axis % flat.ndim)
-    return cut.replace(**{field: trained, where: jnp.asarray(windows.reshape(index.shape))})
+    return cut.replace(**{field: trained, where: windows})
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

@@ -60,8 +60,9 @@ def spt(
             *stack, d_in, d_out = shape
             structured = np.asarray(mask.sum(-1)) >= (rank * (d_in + d_out) if threshold is None else threshold)
             entries = mask & ~jnp.asarray(structured)[:, None]
-            k = int(entries.sum(-1).max())
-            base = cut_units(w, positions(entries, k), "element", 1, stacked) if k else w
+            counts = np.asarray(entries.sum(-1))
+            k = int(counts.max())
+            base = cut_units(w, positions(entries, k), "element", 1, stacked, counts) if k else w
             if not structured.any():
                 return base
             a = jax.random.uniform(path_key(rng, path), (*stack, d_in, rank), jnp.float32, -1, 1) / math.sqrt(d_in)

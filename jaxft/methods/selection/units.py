@@ -283,8 +283,9 @@ def spend(
     groups: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     units: str = "entries",
-) -> dict[str, tuple[Bool[Array, "pools n"], int]]:
-    """The units a budget buys, and the most that any row of a leaf got: path -> (mask, most).
+    draws: np.random.Generator | None = None,
+) -> dict[str, tuple[Bool[Array, "pools n"], Int[np.ndarray, " pools"]]]:
+    """The units a budget buys, and how many each row of a leaf got: path -> (mask, counts).
 
     Args:
         scores: of the units, by path.
@@ -295,6 +296,7 @@ def spend(
         groups: the category of each path.
         shapes: of the matrices, by path, for a budget that is a function.
         units: what units are called in messages.
+        draws: where scores are noise: says how many units each matrix gets, so that scores decide only which.
 
     Raises:
         JaxftError: the budget is impossible.
@@ -306,6 +308,11 @@ def spend(
         return {p: _spend_on_matrices(s, may[p], budget, shapes.get(p, ()), units) for p, s in scores.items()}
     if callable(budget) or isinstance(budget, Cover):
         raise JaxftError(f'a budget that depends on the matrix has to be spent per matrix, not per "{per}"')
+    if draws is not None:
+        sizes = {p: np.where(may[p], s.shape[1], 0) for p, s in scores.items()}
+        layers = {p: np.repeat(np.arange(a.size), may[p].size // a.size) for p, a in allowed.items()}
+        found = drawn_counts(draws, sizes, layers, budget, per, groups, units)
+        return {p: (best_in_rows(s, jnp.asarray(found[p], jnp.int32)), found[p]) for p, s in scores.items()}
     for path, s in scores.items():
         if isinstance(s, jax.core.Tracer):
             raise jax.errors.ConcretizationTypeError(s, f'a budget is shared by several matrices, among them "{path}"')
@@ -319,8 +326,59 @@ def spend(
     for paths in pools.values():
         total = sum(int(may[p].sum()) * scores[p].shape[1] for p in paths)
         for path, mask in best_of_all({p: barred[p] for p in paths}, budget_count(budget, total, units)).items():
-            chosen[path] = mask, int(mask.sum(-1, dtype=jnp.int32).max())
+            chosen[path] = mask, np.asarray(mask.sum(-1, dtype=jnp.int32))
     return chosen
+
+
+def drawn_counts(
+    draws: np.random.Generator,
+    sizes: Mapping[str, Int[np.ndarray, " pools"]],
+    layers: Mapping[str, Int[np.ndarray, " pools"]],
+    budget: float | int,
+    per: Per,
+    groups: Mapping[str, str],
+    units: str = "entries",
+) -> dict[str, Int[np.ndarray, " pools"]]:
+    """How many units each row of each leaf gets where a budget is spent on units drawn at random, none of them twice.
+
+    Args:
+        draws: the generator.
+        sizes: how many units each row has to choose from.
+        layers: the layer of each row.
+        budget, per, groups, units: see `spend`.
+    """
+    pools: dict[str | int, list[tuple[str, int]]] = {}
+    for path in sizes:
+        for row, layer in enumerate(layers[path]):
+            key: str | int = {"leaf": path, "category": groups.get(path, path), "model": ""}.get(per, int(layer))
+            pools.setdefault(key, []).append((path, row))
+    counts = {p: np.zeros(len(rows), np.int64) for p, rows in sizes.items()}
+    for members in pools.values():
+        room = np.array([sizes[path][row] for path, row in members], np.int64)
+        if room.any():
+            drawn = _hypergeometric(draws, room, budget_count(budget, int(room.sum()), units))
+            for (path, row), count in zip(members, drawn, strict=True):
+                counts[path][row] = count
+    return counts
+
+
+def _hypergeometric(
+    draws: np.random.Generator, room: Int[np.ndarray, " pools"], count: int
+) -> Int[np.ndarray, " pools"]:
+    """How many of `count` units that are drawn from pools without putting any back are from each. NumPy's own stops at
+    a thousand million units.
+
+    If each unit is taken by itself, with the same probability, those taken are, whatever their number, as likely as any
+    others of that number. So they stay when units at random are added or taken away until there are `count`.
+    """
+    found = draws.binomial(room, count / room.sum())
+    lacking = count - int(found.sum())
+    left = room - found if lacking > 0 else found
+    moved: set[int] = set()
+    while len(moved) < abs(lacking):
+        moved |= set(draws.integers(left.sum(), size=abs(lacking) - len(moved)).tolist())
+    pools = np.searchsorted(np.cumsum(left), list(moved), side="right")
+    return found + np.sign(lacking) * np.bincount(pools, minlength=room.size)
 
 
 @jax.jit
@@ -330,12 +388,12 @@ def _barred(scores: Float[Array, "pools n"], may: Bool[Array, " pools"]) -> Floa
 
 def _spend_on_matrices(
     scores: Array, may: np.ndarray, budget: Budget, shape: tuple[int, ...], units: str
-) -> tuple[Array, int]:
+) -> tuple[Array, np.ndarray]:
     if isinstance(budget, Cover):
         mask = covering(scores, budget.share) & may[:, None]
-        return jnp.asarray(mask), int(mask.sum(-1).max())
-    k = budget_count(budget(shape) if callable(budget) else budget, scores.shape[1], units)
-    return best_in_rows(scores, jnp.asarray(np.where(may, k, 0), jnp.int32)), k
+        return jnp.asarray(mask), mask.sum(-1)
+    counts = np.where(may, budget_count(budget(shape) if callable(budget) else budget, scores.shape[1], units), 0)
+    return best_in_rows(scores, jnp.asarray(counts, jnp.int32)), counts
 
 
 def _spend_per_layer(scores: dict, allowed: dict, budget: float | int, units: str) -> dict:
@@ -349,7 +407,7 @@ def _spend_per_layer(scores: dict, allowed: dict, budget: float | int, units: st
     mask = best_in_rows(jnp.concatenate(rows, axis=1), jnp.asarray(counts, jnp.int32))
     parts = jnp.split(mask, np.cumsum(sizes)[:-1], axis=1)
     masks = {p: m.reshape(s.shape) for (p, s), m in zip(scores.items(), parts, strict=True)}
-    return {p: (m, int(m.sum(-1, dtype=jnp.int32).max())) for p, m in masks.items()}
+    return {p: (m, np.asarray(m.sum(-1, dtype=jnp.int32))) for p, m in masks.items()}
 
 
 def check_choice(name: str, value: str, choices: object) -> None:

@@ -10,6 +10,7 @@ from jaxft.methods.selection.units import (
     best_in_rows,
     best_of_all,
     budget_count,
+    drawn_counts,
     positions,
     reduce_to_units,
     spend,
@@ -99,20 +100,56 @@ def spent(per, budget, allowed=None):
     allowed = allowed or {p: np.ones(2, bool) for p in scores}
     groups, shapes = {"a": "one", "b": "two"}, {"a": (10,), "b": (6,)}
     made = spend({p: jnp.asarray(s, jnp.float32) for p, s in scores.items()}, allowed, budget, per, groups, shapes)
-    return scores, {p: np.asarray(m) for p, (m, _) in made.items()}, {p: k for p, (_, k) in made.items()}
+    return scores, {p: np.asarray(m) for p, (m, _) in made.items()}, {p: c.tolist() for p, (_, c) in made.items()}
+
+
+def drawn(per, budget, sizes, layers, seed=0):
+    draws, groups = np.random.default_rng(seed), {"a": "one", "b": "two"}
+    return drawn_counts(draws, sizes, layers, budget, per, groups)
+
+
+def test_what_is_drawn_at_random_spends_the_budget_of_every_pool():
+    sizes = {"a": np.array([10, 0, 10]), "b": np.array([6, 6, 0, 6, 0, 6])}  # b has two matrices in each layer
+    layers = {"a": np.arange(3), "b": np.repeat(np.arange(3), 2)}
+    for seed in range(20):
+        for per, budget, totals in (("leaf", 0.5, [10, 12]), ("category", 0.25, [5, 6]), ("model", 40, None)):
+            found = drawn(per, budget, sizes, layers, seed)
+            assert all((found[p] <= sizes[p]).all() and (found[p] >= 0).all() for p in sizes)
+            counts = [found[p].sum() for p in sizes]
+            assert sum(counts) == 40 if totals is None else counts == totals
+        found = drawn("layer", 6, sizes, layers, seed)
+        assert np.array_equal(found["a"] + found["b"].reshape(3, 2).sum(1), [6, 6, 6]) and found["a"][1] == 0
+
+
+@pytest.mark.parametrize("count", [3, 20, 50])
+def test_any_units_are_drawn_as_likely_as_any_others(count):
+    """From each pool as many as NumPy takes from it, within four standard errors of mean and variance."""
+    sizes, n = np.array([5, 30, 25]), 4000
+    found = np.array([drawn("leaf", count, {"a": sizes}, {"a": np.arange(3)}, seed)["a"] for seed in range(n)])
+    wanted = np.random.default_rng(9).multivariate_hypergeometric(sizes, count, size=200_000)
+    np.testing.assert_allclose(found.mean(0), wanted.mean(0), atol=4 * (wanted.std(0) / n**0.5).max())
+    np.testing.assert_allclose(found.var(0), wanted.var(0), rtol=4 * (2 / n) ** 0.5)
+
+
+def test_draws_from_more_units_than_32_bits_count():
+    sizes = np.full(80, 2**31 - 1)
+    for budget, count in ((100_000, 100_000), (0.05, round(0.05 * int(sizes.sum())))):
+        found = drawn("model", budget, {"a": sizes}, {"a": np.arange(80)})["a"]
+        assert found.sum() == count
+        assert (abs(found - count / 80) < 6 * (count / 80) ** 0.5).all()
 
 
 def test_every_pool_spends_its_own_budget():
-    scores, masks, most = spent("matrix", 0.5)
-    assert [m.sum(1).tolist() for m in masks.values()] == [[5, 5], [3, 3]] and most == {"a": 5, "b": 3}
+    scores, masks, counts = spent("matrix", 0.5)
+    assert [m.sum(1).tolist() for m in masks.values()] == [[5, 5], [3, 3]] and counts == {"a": [5, 5], "b": [3, 3]}
     scores, masks, _ = spent("leaf", 4)
     for path, mask in masks.items():
         np.testing.assert_array_equal(mask.reshape(-1), ranked(scores[path].reshape(-1).astype(np.float32), 4))
-    scores, masks, most = spent("layer", 4)
+    scores, masks, counts = spent("layer", 4)
     for layer in range(2):
         row = np.concatenate([s[layer] for s in scores.values()]).astype(np.float32)
         np.testing.assert_array_equal(np.concatenate([m[layer] for m in masks.values()]), ranked(row, 4))
-    assert most == {p: m.sum(1).max() for p, m in masks.items()}
+    assert counts == {p: m.sum(1).tolist() for p, m in masks.items()}
     _, masks, _ = spent("category", 0.5)
     assert [m.sum() for m in masks.values()] == [10, 6]
     _, masks, _ = spent("model", 7)

@@ -1,12 +1,14 @@
 """Presets written from the vocabulary alone are the presets, bit for bit, through re-selection too."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxft.methods import Probe, build, select
 from jaxft.methods.selection.freezeasguard import freezeasguard, guard
-from jaxft.partition import weights_by_path
+from jaxft.partition import combine, unmarked, weights_by_path
+from jaxft.weights import Packed, SparseDelta
 from tests.methods.selection.toy import KEY, STEPS, dense, params, train
 
 # A preset, and the same in `select` (and `full`, where whole weights train throughout), each as a configuration.
@@ -193,6 +195,18 @@ def test_what_is_drawn_at_random_is_planned_as_it_runs(name):
     assert jax.tree.structure(planned) == jax.tree.structure(made)
     for a, b in zip(jax.tree.leaves(planned), jax.tree.leaves(made), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("spread", ["model", "layer", "leaf", "category"])
+def test_noise_is_not_computed_to_plan_with_a_shared_budget(spread):
+    """A stack of 70 thousand million entries: their noise would be 280 GB. Rows of different counts are packed."""
+    shapes = {"layers": {"attn": {"q": {"kernel": jax.ShapeDtypeStruct((80, 24576, 36864), jnp.bfloat16)}}}}
+    method = build({"name": "select", "score": "random", "budget": 4000, "per": spread, "on": "**"})
+    planned = jax.eval_shape(lambda given: method.init(KEY, given, Probe(total_steps=STEPS)), shapes)
+    cut = unmarked(combine(planned))["layers"]["attn"]["q"]["kernel"]
+    assert isinstance(cut, SparseDelta) and isinstance(cut.values, Packed) == (spread != "layer")
+    trained = sum(leaf.size for leaf in jax.tree.leaves(planned.trainable))
+    assert trained == 80 * 4000 if spread == "layer" else 4000 <= trained < 1.1 * 4000
 
 
 def test_a_preset_with_a_score_of_its_own_is_select_with_that_score():
