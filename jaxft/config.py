@@ -75,7 +75,7 @@ class ModelConfig(BaseModel):
     )
     remat: Literal["none", "block", "dots", "offload"] = Field(
         "block",
-        description="What the backward pass recomputes. none: nothing; dots: all but matrix products; block: "
+        description="What the backward pass recomputes. none: nothing; dots: all but projections; block: "
         "all of a layer; offload: likewise, and the inputs of layers wait in host memory, which needs the least.",
     )
     router_aux_loss: float | None = Field(

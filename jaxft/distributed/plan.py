@@ -423,8 +423,8 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     P_t entries that train: 2TP forward, 2TP gradients of activations, 2TP_t gradients of weights. Causal attention
     costs `4 heads head_dim` a visible pair forward, 2.5 times that backward (the scores are recomputed, as flash
     attention does). `remat="block"` and `"offload"` repeat the forward pass of the layers but for the last projection,
-    whose result no gradient needs (unless a mixture's gates act on what its experts make); the other policies but
-    `none` repeat attention only.
+    whose result no gradient needs (unless a mixture's gates act on what its experts make); `dots` repeats attention,
+    and of low-rank projections the product with the first factor.
 
     Layers below the lowest that trains (`first_trained`) have a forward pass and nothing else; the lowest counts
     whole. Virtual tokens of a prompt count in the layers. Gates count as open, the most that a step may have to
@@ -436,17 +436,19 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     length = seq_len + (0 if prompt is None else prompt.shape[0])  # of a row in the layers
     first = first_trained(params["layers"])
     behind = 1 - first / config.num_layers  # the part of the layers that has a backward pass
-    in_layers = last = outside = 0.0
+    in_layers = last = inner = outside = 0.0
     for path, w in weights_by_path(params).items():
-        entries = _entries(path, w) * _active_share(config, path)
+        share = _active_share(config, path)
+        entries = _entries(path, w) * share
         if path.startswith("embed."):
             outside += 0 if "head" in params else entries
         elif DECODER_ROLES.is_stacked(path):
             in_layers += entries
             # What a low-rank factor reads is needed for its gradient even where the sum is not.
-            skipped = entries - _entries(path, w.a) if isinstance(w, LowRank) else entries
+            first_factor = _entries(path, w.a) * share if isinstance(w, LowRank) else 0
+            inner += first_factor
             is_last = ".down." in path and (".experts." not in path or is_gated_before_down(params["layers"]))
-            last += skipped if is_last else 0
+            last += entries - first_factor if is_last else 0
         else:
             outside += entries
     trained = sum(
@@ -459,7 +461,8 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
         last = 0
     pairs = [rows * visible_pairs(length, window) for window in _windows(config)]
     attention, attention_behind = (4 * config.num_heads * config.head_dim * sum(p) for p in (pairs, pairs[first:]))
-    passes = in_layers * (1 + behind) + (behind * (in_layers - last) if remat in RECOMPUTED else 0)
+    again = in_layers - last if remat in RECOMPUTED else inner if remat == "dots" else 0
+    passes = in_layers * (1 + behind) + behind * again
     total = 2 * rows * length * passes + 2 * tokens * (2 * outside + trained) + attention + 2.5 * attention_behind
     return total + (attention_behind if remat != "none" else 0)
 

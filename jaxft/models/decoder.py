@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.models.attention import attention
 from jaxft.models.config import DecoderConfig
 from jaxft.models.mixture import Routing, mixture
-from jaxft.models.rematerialization import scan_rematerialized
+from jaxft.models.rematerialization import projected, scan_rematerialized
 from jaxft.models.rope import rotary_embedding, rotate
 from jaxft.models.sharding import constrain
 from jaxft.weights import Tree, fetch_layer, linear, site, value
@@ -41,7 +41,7 @@ def project(layer: Tree, name: str, x: Float[Array, "... d_in"]) -> Float[Array,
     """The projection `name` ("attn.q") of one layer's params: matrix, bias wherever there is one, site."""
     group, leaf = name.split(".")
     weights = layer[group][leaf]
-    y = linear(x, weights["kernel"])
+    y = projected(linear(x, weights["kernel"]))
     if "bias" in weights:
         y = y + value(weights["bias"], y.dtype)
     return site(layer, name, y)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.models.config import DecoderConfig
 from jaxft.models.expert_parallel import across_experts, expert_axes
+from jaxft.models.rematerialization import projected
 from jaxft.models.sharding import token_shards
 from jaxft.weights import Axes, Observed, Tree, group_of_row, linear, ragged_linear, site, value
 
@@ -126,7 +127,7 @@ def _sites_of_experts(layer: Tree) -> Tree:
 
 def _project(layer: Tree, name: str, x: Array, *, sizes: Array, axes: Axes) -> Array:
     weights = layer["mlp"]["experts"][name]
-    y = ragged_linear(x, weights["kernel"], sizes, axes)
+    y = projected(ragged_linear(x, weights["kernel"], sizes, axes))
     if "bias" in weights:
         y = y + value(weights["bias"], y.dtype)[group_of_row(sizes, x.shape[1])]
     return site(layer, f"mlp.experts.{name}", y)

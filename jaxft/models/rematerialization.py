@@ -11,13 +11,21 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jaxtyping import Array
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.weights import Tree, scan_layers
 
 REMAT_POLICIES = ("none", "block", "dots", "offload")
+_PROJECTION = "projection"
 Block: TypeAlias = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+
+
+def projected(y: Array) -> Array:
+    """The result of a projection, whatever its weight is made of: what "dots" keeps of a layer."""
+    return checkpoint_name(y, _PROJECTION)
 
 
 def scan_rematerialized(
@@ -42,7 +50,7 @@ def scan_rematerialized(
         return _scan_with_inputs_in_host_memory(block, layers, carry, xs, shared)
     if policy != "none":
         policies = jax.checkpoint_policies
-        kept = {"block": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}[policy]
+        kept = policies.nothing_saveable if policy == "block" else policies.save_only_these_names(_PROJECTION)
         block = jax.checkpoint(block, policy=kept, prevent_cse=False)  # inside a scan nothing merges the two passes
     return scan_layers(lambda carry, layer, x: block(carry, layer, (x, shared)), layers, carry, xs)
 
