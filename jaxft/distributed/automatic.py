@@ -1,5 +1,6 @@
 """`mesh: auto`: the axes of the mesh, chosen from model, method, batch and devices, with the reasons."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxft.distributed.mesh import MeshConfig, MeshError, make_mesh
+from jaxft.distributed.sharding import ShardingReport
 from jaxft.errors import JaxftError
 from jaxft.methods import Probe, build
 from jaxft.training.loss import Loss, language_model_loss
@@ -170,12 +172,12 @@ def resolve_mesh(
 
 def _state_bytes(config: Any, model: Any) -> int:
     settings = config.model
-    try:
-        state, frozen = abstract_run(config, model, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-        held = (state.trainable, state.opt_state, frozen)
-    except JaxftError:  # a method that must see data before it knows its shapes: counted as if everything trained
-        params = model.abstract(dtype(settings.param_dtype))
-        held = (params, params, params)
+    report, params = ShardingReport(), model.abstract(dtype(settings.param_dtype))
+    held = (params, params, params)  # as if everything trained
+    with contextlib.suppress(JaxftError):  # a method that must see values before it knows its shapes
+        state, frozen = abstract_run(config, model, make_mesh(MeshConfig(data=1), jax.devices()[:1]), report)
+        if TRAINS_FIRST not in report.assumed:
+            held = (state.trainable, state.opt_state, frozen)
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held))
 
 
@@ -193,7 +195,7 @@ def loss_of(config: Any, model: Any, row_shards: int = 1) -> Loss:
     )
 
 
-def abstract_run(config: Any, model: Any, mesh: Any, report: Any = None) -> tuple[Any, Any]:
+def abstract_run(config: Any, model: Any, mesh: Any, report: ShardingReport | None = None) -> tuple[Any, Any]:
     """State and frozen parameters of a run as shapes with shardings (see `abstract_state`)."""
     training, settings = config.training, config.model
     schedule = make_schedule(training.learning_rate, training.steps or UNKNOWN_LENGTH)
@@ -204,18 +206,21 @@ def abstract_run(config: Any, model: Any, mesh: Any, report: Any = None) -> tupl
         jax.random.key(config.seed),
         mesh,
         logical_axes=model.logical_axes(),
-        probe=shape_probe(loss_of(config, model), config),
+        probe=shape_probe(loss_of(config, model), config, report),
         precision=Precision(settings.param_dtype, settings.frozen_dtype, settings.compute_dtype),
         report=report,
         offload=training.offload,
     )
 
 
-def shape_probe(loss: Loss, config: Any) -> Probe:
+TRAINS_FIRST = "the method makes a training run of its own first, which is not planned: this is the run after it"
+
+
+def shape_probe(loss: Loss, config: Any, report: ShardingReport | None = None) -> Probe:
     """A probe whose answers have the shapes they will have and no values: traced, it computes nothing.
 
-    What a method makes of the answers without leaving JAX is planned as it will be; one that must see values before it
-    knows its own shapes fails, as there are none.
+    What a method makes of the answers without leaving JAX is planned as it will be. Where values decide shapes, a
+    selection takes something for granted, and says so in the report; what must see values fails, as there are none.
     """
     kinds = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32}
     batch = {name: np.ones((1, config.data.seq_len), kind) for name, kind in (kinds | {"positions": np.int32}).items()}
@@ -223,10 +228,17 @@ def shape_probe(loss: Loss, config: Any) -> Probe:
     def batches() -> Iterator[dict]:
         return itertools.repeat(batch)  # one row stands for any number: no answer has a dimension for rows
 
+    assume = (ShardingReport() if report is None else report).assumed.append
+
+    def trainer(params: Any, method: Any, steps: int) -> Any:
+        assume(TRAINS_FIRST)
+        return params
+
     return Probe(
         loss_fn=loss,
         batches=batches,
-        trainer=lambda params, method, steps: params,
+        trainer=trainer,
         total_steps=config.training.steps or UNKNOWN_LENGTH,
         sets={name: batches for name in config.evaluation.sets},
+        assume=assume,
     )

@@ -57,15 +57,18 @@ LARGE = 2**20  # elements from which an array without axis names is worth dividi
 
 @dataclasses.dataclass
 class ShardingReport:
-    """What was not divided as the rules say: `(path, dimension size, mesh axes, their size)` each."""
+    """What was not divided as the rules say: `(path, dimension size, mesh axes, their size)` each; and, where a run is
+    planned without values, what was taken for granted of them."""
 
     replicated: list[tuple[str, int, tuple[str, ...], int]] = dataclasses.field(default_factory=list)
+    assumed: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join(
+        undivided = (
             f"{path}: a dimension of {size} is not divisible by {'*'.join(axes)} = {count}"
             for path, size, axes, count in self.replicated
         )
+        return "\n".join([*self.assumed, *undivided])
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

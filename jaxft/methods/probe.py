@@ -76,6 +76,8 @@ class Probe:
         trainer: `(params, method, steps) -> params`: a training run on the job's own data, materialised.
         total_steps: length of the training run.
         sets: batches of the evaluation sets by name, each call a fresh iterator.
+        assume: where a run is planned, so that answers have shapes and no values: takes a sentence that says what a
+            method takes for granted instead. None where answers have values.
 
     A probe without `loss_fn` answers nothing but `roles`: enough for methods that look at weights alone.
     """
@@ -86,6 +88,7 @@ class Probe:
     trainer: Callable[[Tree, Any, int], Tree] | None = None
     total_steps: int = 0
     sets: Mapping[str, Callable[[], Iterable[dict]]] = dataclasses.field(default_factory=dict)
+    assume: Callable[[str], None] | None = None
 
     def on(self, name: str) -> "Probe":
         """The same probe over the batches of one of the `sets`. Raises JaxftError if there is none of that name."""

@@ -104,6 +104,11 @@ def _is_left_to_partitioner(stages: Stages | None) -> bool:
     return stages is None and jax.sharding.get_abstract_mesh().size > 1
 
 
+def _everywhere(vector: Array) -> Array:
+    """To every chip all of it: one that has some positions only would need the whole matrix."""
+    return lax.with_sharding_constraint(vector, PartitionSpec())
+
+
 def _of_own_rows(matrix: Array, indices: Array) -> Array:
     """Flat positions in a matrix as positions in the rows that a chip holds of it; what others hold lies outside."""
     return indices - lax.axis_index("fsdp") * matrix.size
@@ -112,7 +117,7 @@ def _of_own_rows(matrix: Array, indices: Array) -> Array:
 def _tuned_matrix(base: Array, values: Array, indices: Array, stages: Stages | None) -> Array:
     """`base` plus `values` at `indices`: each chip adds to its own rows."""
     if _is_left_to_partitioner(stages):
-        return _scatter_add(base, values, indices)
+        return _scatter_add(base, _everywhere(values), _everywhere(indices))
 
     def add(matrix: Array, values: Array, indices: Array) -> Array:
         return lax.platform_dependent(matrix, values, indices, tpu=_add_in_pieces, default=_add_at_once)
@@ -133,7 +138,7 @@ def _gradient_entries(x: Array, g: Array, indices: Array, stages: Stages | None)
     """Entries of the gradient of a weight that `x` is multiplied with: each chip reads those of its own rows."""
     gradient = divided_gradient(x, g, stages)
     if _is_left_to_partitioner(stages):
-        return gather_flat(gradient, indices)
+        return _everywhere(gather_flat(gradient, _everywhere(indices)))
 
     def get(matrix: Array, indices: Array) -> Array:
         return lax.platform_dependent(matrix, indices, tpu=_get_in_pieces, default=gather_flat)

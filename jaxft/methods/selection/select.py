@@ -243,11 +243,15 @@ def choose(
     matrices = {p: shape_of(weights[p])[probe.roles.is_stacked(p) :] for p in paths}
     units = {"element": "entries", "matrix": "matrices", "leaf": "leaves"}.get(measure.granularity)
     units = units or f"{measure.granularity}s"
+    if per != "matrix" and probe.assume and any(isinstance(s, jax.core.Tracer) for s in scores.values()):
+        if draws is None:
+            probe.assume(f"which {units} train follows from values: planned as if they were drawn at random")
+        draws = draws or generator(fold_in(rng, 1))
     with as_values(*scores.values()):
         if measure.granularity == "layer":
             whole = {"layer": sum(scores.values())}
             every = {"layer": np.logical_and.reduce(list(allowed.values()))}
-            chosen = dict.fromkeys(paths, spend(whole, every, budget, "leaf", {}, {}, units)["layer"])
+            chosen = dict.fromkeys(paths, spend(whole, every, budget, "leaf", {}, {}, units, draws)["layer"])
         else:
             chosen = spend(scores, allowed, budget, per, _categories(probe.roles, params), matrices, units, draws)
     return {p: (mask, counts) for p, (mask, counts) in chosen.items() if counts.any() or keep_empty}

@@ -55,12 +55,11 @@ def spt(
         chosen = choose(rng, params, probe, Measure(fisher(batches)), budget, "model", on, keep_empty=everywhere)
 
         def cut(path: str, w: Weight) -> Weight:
-            mask, _ = chosen[path]
+            mask, counts = chosen[path]
             shape, stacked = tuple(w.shape), probe.roles.is_stacked(path)
             *stack, d_in, d_out = shape
-            structured = np.asarray(mask.sum(-1)) >= (rank * (d_in + d_out) if threshold is None else threshold)
-            entries = mask & ~jnp.asarray(structured)[:, None]
-            counts = np.asarray(entries.sum(-1))
+            structured = counts >= (rank * (d_in + d_out) if threshold is None else threshold)
+            entries, counts = mask & ~jnp.asarray(structured)[:, None], np.where(structured, 0, counts)
             k = int(counts.max())
             base = cut_units(w, positions(entries, k), "element", 1, stacked, counts) if k else w
             if not structured.any():

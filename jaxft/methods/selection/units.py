@@ -296,7 +296,8 @@ def spend(
         groups: the category of each path.
         shapes: of the matrices, by path, for a budget that is a function.
         units: what units are called in messages.
-        draws: where scores are noise: says how many units each matrix gets, so that scores decide only which.
+        draws: where scores are noise, or unknown: says how many units each matrix gets, so that scores decide only
+            which, or nothing.
 
     Raises:
         JaxftError: the budget is impossible.
@@ -312,7 +313,7 @@ def spend(
         sizes = {p: np.where(may[p], s.shape[1], 0) for p, s in scores.items()}
         layers = {p: np.repeat(np.arange(a.size), may[p].size // a.size) for p, a in allowed.items()}
         found = drawn_counts(draws, sizes, layers, budget, per, groups, units)
-        return {p: (best_in_rows(s, jnp.asarray(found[p], jnp.int32)), found[p]) for p, s in scores.items()}
+        return {p: (_best(s, found[p]), found[p]) for p, s in scores.items()}
     for path, s in scores.items():
         if isinstance(s, jax.core.Tracer):
             raise jax.errors.ConcretizationTypeError(s, f'a budget is shared by several matrices, among them "{path}"')
@@ -328,6 +329,12 @@ def spend(
         for path, mask in best_of_all({p: barred[p] for p in paths}, budget_count(budget, total, units)).items():
             chosen[path] = mask, np.asarray(mask.sum(-1, dtype=jnp.int32))
     return chosen
+
+
+def _best(scores: Float[Array, "pools n"], counts: Int[np.ndarray, " pools"]) -> Bool[Array | np.ndarray, "pools n"]:
+    if scores.shape[1] == 1:  # of one unit the count says everything, and is a value where scores are traced
+        return counts[:, None] > 0
+    return best_in_rows(scores, jnp.asarray(counts, jnp.int32))
 
 
 def drawn_counts(
