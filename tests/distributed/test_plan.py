@@ -290,6 +290,11 @@ def test_a_method_that_must_see_values_is_refused_in_one_sentence(directory):
         ("{name: freezeasguard, frozen: 0.75}", 0.25 * LINEAR, "which matrices train follows from values"),
         ("{name: greentrainer}", LINEAR, "which tensors are open follows from gradients"),
         ("{name: lt-sft, budget: 900}", 900, TRAINS_FIRST),
+        (
+            "{name: select, granularity: row, budget: {cover: 0.5}}",
+            0.5 * LINEAR,
+            "how many rows train follows from values",
+        ),
         ("{name: apet, count: 900}", 900, None),  # drawn at random: as it will be
     ],
 )

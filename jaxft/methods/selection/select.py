@@ -243,10 +243,14 @@ def choose(
     matrices = {p: shape_of(weights[p])[probe.roles.is_stacked(p) :] for p in paths}
     units = {"element": "entries", "matrix": "matrices", "leaf": "leaves"}.get(measure.granularity)
     units = units or f"{measure.granularity}s"
-    if per != "matrix" and probe.assume and any(isinstance(s, jax.core.Tracer) for s in scores.values()):
-        if draws is None:
+    if probe.assume and draws is None and any(isinstance(s, jax.core.Tracer) for s in scores.values()):
+        if isinstance(budget, Cover):
+            probe.assume(
+                f"how many {units} train follows from values: planned as if all scored alike, the most it takes"
+            )
+        elif per != "matrix":
             probe.assume(f"which {units} train follows from values: planned as if they were drawn at random")
-        draws = draws or generator(fold_in(rng, 1))
+            draws = generator(fold_in(rng, 1))
     with as_values(*scores.values()):
         if measure.granularity == "layer":
             whole = {"layer": sum(scores.values())}

@@ -117,6 +117,8 @@ def test_what_is_drawn_at_random_spends_the_budget_of_every_pool():
             assert all((found[p] <= sizes[p]).all() and (found[p] >= 0).all() for p in sizes)
             counts = [found[p].sum() for p in sizes]
             assert sum(counts) == 40 if totals is None else counts == totals
+        everything = drawn("model", 44, sizes, layers, seed)
+        assert all(np.array_equal(everything[p], sizes[p]) for p in sizes)
         found = drawn("layer", 6, sizes, layers, seed)
         assert np.array_equal(found["a"] + found["b"].reshape(3, 2).sum(1), [6, 6, 6]) and found["a"][1] == 0
 
