@@ -5,8 +5,9 @@ import re
 
 
 def xla_flags(devices: int) -> str:
-    """`XLA_FLAGS` of this process for `devices` CPU devices."""
-    return re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
+    """`XLA_FLAGS` of this process, if it has any, for `devices` CPU devices."""
+    others = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    return f"{others} --xla_force_host_platform_device_count={devices}".strip()
 
 
 def environment(devices: int = 1) -> dict[str, str]:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.environment import xla_flags
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 MODEL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_layers": 4,
@@ -150,3 +152,10 @@ def test_a_peer_is_counted_as_jaxft_is_and_says_why_it_fails(bench, tmp_path, mo
     assert "| no-such-package not installed | full |" in page and "| 2 (3) | 1 (1) | 2.00, 3.00 | as it comes;" in page
     assert "| maxtext | full | | | | | failed: ValueError: no lora here |" in page
     assert peers.section({}) == ""
+
+
+def test_processes_can_be_started_where_no_flags_are_set(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    assert xla_flags(4) == "--xla_force_host_platform_device_count=4"
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --xla_force_host_platform_device_count=8 --b=2")
+    assert xla_flags(2).split() == ["--a=1", "--b=2", "--xla_force_host_platform_device_count=2"]
