@@ -90,6 +90,8 @@ def test_a_typo_at_any_depth_is_found_with_its_line_and_the_nearest_name(old, ne
         ("seed=-1", "seed", ["at least 0", "-1"]),
         ("training.clip_norm=0", "training.clip_norm", ["greater than 0"]),
         ("model.compute_dtype=float23", "model.compute_dtype", ["float32"]),
+        ("model.attention=flash", "model.attention", ['did you mean "splash"', "cudnn"]),
+        ("model.attention=splash:128", "model.attention", ['as in "splash:128x256"']),
         ("mesh.fsdp=0", "mesh", ["mesh.fsdp", "0"]),
         ("method.rank=high", "method.rank", ["expected an integer", "'high'"]),
         ("method=3", "method", ["a method is a name"]),

@@ -171,8 +171,7 @@ def resolve_mesh(
 
 
 def _state_bytes(config: Any, model: Any) -> int:
-    settings = config.model
-    report, params = ShardingReport(), model.abstract(dtype(settings.param_dtype))
+    report, params = ShardingReport(), model.abstract(dtype(config.model.param_dtype))
     held = (params, params, params)  # as if everything trained
     with contextlib.suppress(JaxftError):  # a method that must see values before it knows its shapes
         state, frozen = abstract_run(config, model, make_mesh(MeshConfig(data=1), jax.devices()[:1]), report)

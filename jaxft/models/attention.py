@@ -391,7 +391,7 @@ def tiling(
     group, shards = num_heads // kv_heads, _sequence_shards(seq)
     if tile:
         granule, keys = tile
-        rows = granule * max(n for n in range(1, group + 1) if group % n == 0 and granule * n <= _MAX_ROWS)
+        rows = _rows(granule, group)
     else:
         granule, rows, keys = _tile(_positions(seq, sliding_window), seq, group, min(seq, sliding_window or seq))
     heads = kv_heads // _shards("heads", kv_heads)
@@ -410,16 +410,16 @@ def tiling(
     return Tiling(granule, rows, keys, fused_keys, heads)
 
 
+def _rows(granule: int, group: int) -> int:
+    """Of a tile: `granule` positions of as many of the heads that share their keys as fit."""
+    return granule * max(n for n in range(1, group + 1) if group % n == 0 and granule * n <= _MAX_ROWS)
+
+
 def _tile(positions: int, seq: int, group: int, span: int) -> tuple[int, int, int]:
     """Granule, rows and keys of a tile, for pieces of `positions` of a row of `seq` tokens that see `span` keys."""
     block = max((size for size in (_MIN_BLOCK, 256, _MAX_BLOCK) if positions % size == 0), default=positions)
     keys = max((size for size in (256, 512, 1024) if seq % size == 0 and size <= max(256, span // 64)), default=block)
-    tiles = [
-        (granule * heads, -granule)
-        for granule in (128, 256)
-        for heads in range(1, group + 1)
-        if positions % granule == 0 and group % heads == 0 and granule * heads <= _MAX_ROWS
-    ]
+    tiles = [(_rows(granule, group), -granule) for granule in (128, 256) if positions % granule == 0]
     rows, granule = max(tiles, default=(block, -block))
     if rows * min(keys, 256) < min(2**17, block**2):
         return block, block, block

@@ -1,4 +1,4 @@
-"""Layer inputs that wait in host memory: the same gradients, no others, and each fetched an iteration ahead."""
+"""What is computed again of a layer, and its input in host memory: fetched an iteration ahead, the same gradients."""
 
 import functools
 
@@ -68,6 +68,15 @@ def test_no_gradient_is_computed_that_is_not_asked_for(name):
 
     # The last projection of a layer that is computed again, three products with LoRA, is for nothing; XLA drops it.
     assert products("offload") <= products("block") + (3 if name == "lora" else 1)
+
+
+def test_projections_of_experts_are_kept_with_dots():
+    def products(remat):
+        tuned = cut("full", MIXTURE)
+        step = jax.jit(jax.grad(functools.partial(loss_of, tuned, remat, MIXTURE)))
+        return sum(e.primitive.name == "ragged_dot_general" for e in equations(step.trace(tuned.trainable).jaxpr.jaxpr))
+
+    assert products("dots") == products("none") < products("block")
 
 
 def test_an_input_is_fetched_beside_the_layer_above():
