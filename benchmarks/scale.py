@@ -28,6 +28,8 @@ MASTERS = ("model.param_dtype=float32", "model.frozen_dtype=bfloat16")  # of wha
 SMALL = ("model.path=preset:qwen3-0.6b",)
 EXPERTS = ("model.path=preset:qwen3-30b-a3b", "data.batch_size=64", "mesh=auto")
 TILES = "model.attention=splash:128x128"
+KEPT = "model.remat=attention"
+LONG = ("data.seq_len=131072", "data.batch_size=8", "mesh=auto")
 
 # name: (configuration, topology, overrides, the most GiB a chip it should need)
 ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
@@ -56,10 +58,15 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     "qwen3 0.6b full": ("llama3.1-8b-full", "v5e:2x4", SMALL, None),
     "qwen3 0.6b lora": ("llama3.1-8b-lora", "v5e:2x4", SMALL, None),
     "qwen3 0.6b lora, small tiles": ("llama3.1-8b-lora", "v5e:2x4", (*SMALL, TILES), None),
+    "qwen3 0.6b lora, attention kept": ("llama3.1-8b-lora", "v5e:2x4", (*SMALL, KEPT), None),
     "qwen3 30b-a3b full": ("llama3.1-8b-full", "v5e:8x8", EXPERTS, None),
     "qwen3 30b-a3b full, small tiles": ("llama3.1-8b-full", "v5e:8x8", (*EXPERTS, TILES), None),
+    "qwen3 30b-a3b full, attention kept": ("llama3.1-8b-full", "v5e:8x8", (*EXPERTS, KEPT), None),
     "qwen3 30b-a3b lora": ("llama3.1-8b-lora", "v5e:8x8", EXPERTS, None),
     "qwen3 30b-a3b lora, small tiles": ("llama3.1-8b-lora", "v5e:8x8", (*EXPERTS, TILES), None),
+    "qwen3 30b-a3b lora, attention kept": ("llama3.1-8b-lora", "v5e:8x8", (*EXPERTS, KEPT), None),
+    "8b lora, rows of 131,072": ("llama3.1-8b-lora", "v5p:4x4x4", LONG, None),
+    "8b lora, rows of 131,072, attention kept": ("llama3.1-8b-lora", "v5p:4x4x4", (*LONG, KEPT), None),
     "70b hft, 16 slices": (
         "llama3.1-70b-hft", "16*v5e:16x16", ("mesh.data=16", "mesh.dcn=16", "data.batch_size=4096"), None,
     ),
@@ -133,7 +140,8 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
   weights that train, what is recomputed), loops counted as often as they run. Attention computes whole tiles, of 256
   positions by 256 keys where heads share keys and of 512 x 512 elsewhere, of which the diagonal ones are half masked;
   that weighs most in small models and in mixtures of experts. *small tiles*: `model.attention=splash:128x128`
-  ([Tiles of attention](planning.md#tiles-of-attention)).
+  ([Tiles of attention](planning.md#tiles-of-attention)); *attention kept*: `model.remat=attention`
+  ([What is recomputed](planning.md#what-is-recomputed)).
 - **sent**: GiB one chip sends a step; *hidden*: the part of it that runs beside matrix products.
 - **best**: roofline, every unit at its peak: milliseconds a step and model FLOPs utilisation. A bound, no forecast.
 - **compile**: seconds on the machine of that day, and of CPU time. Another one of two cores took three times as long.

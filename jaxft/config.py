@@ -73,10 +73,11 @@ class ModelConfig(BaseModel):
         description="Attention implementation: auto, xla, splash or cudnn; auto: splash on TPU, cudnn on GPU, xla "
         "elsewhere. splash:128x256 computes tiles of 128 positions and 256 keys (docs/planning.md).",
     )
-    remat: Literal["none", "block", "dots", "offload"] = Field(
+    remat: Literal["none", "block", "attention", "dots", "offload"] = Field(
         "block",
-        description="What the backward pass recomputes. none: nothing; dots: all but projections; block: "
-        "all of a layer; offload: likewise, and the inputs of layers wait in host memory, which needs the least.",
+        description="What the backward pass recomputes. none: nothing; dots: all but projections and attention; "
+        "attention: all but attention, which pays for long rows; block: all of a layer; offload: likewise, and the "
+        "inputs of layers wait in host memory, which needs the least.",
     )
     router_aux_loss: float | None = Field(
         None,
@@ -261,7 +262,7 @@ def impossible(config: RunConfig) -> list[tuple[KeyPath, str]]:
         found.append((
             ("training", "offload"),
             "with model.remat = none every frozen layer that was fetched stays on the device for the backward pass; "
-            "expected model.remat block, dots or offload",
+            "expected model.remat block, attention, dots or offload",
         ))  # fmt: skip
     for name in config.compare.overrides:
         if name not in methods():

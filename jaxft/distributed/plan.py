@@ -364,6 +364,8 @@ def read_plan(
         gradients = 4 * sum(a.size for a in jax.tree.leaves(compiled.state.trainable)) / mesh.shape["fsdp"]
         roofline = estimate(topology, costs, read, gradients, useful, rows * seq_len)
     fits = compiled.step is not None and needed <= available
+    if fits:
+        notes += faster(config, model.config, tuned, mesh, available - needed)
     return Plan(
         topology=str(topology),
         num_chips=topology.num_chips,
@@ -413,7 +415,7 @@ def _windows(config: Any) -> list[int | None]:
     return [config.sliding_window if slides else None for slides in config.sliding_layers]
 
 
-RECOMPUTED = ("block", "offload")  # policies that keep nothing of a layer but its input
+RECOMPUTED = ("block", "attention", "offload")  # policies that keep no result of a layer's projections
 
 
 def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) -> float:
@@ -423,8 +425,8 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     P_t entries that train: 2TP forward, 2TP gradients of activations, 2TP_t gradients of weights. Causal attention
     costs `4 heads head_dim` a visible pair forward, 2.5 times that backward (the scores are recomputed, as flash
     attention does). `remat="block"` and `"offload"` repeat the forward pass of the layers but for the last projection,
-    whose result no gradient needs (unless a mixture's gates act on what its experts make); `dots` repeats attention,
-    and of low-rank projections the product with the first factor.
+    whose result no gradient needs (unless a mixture's gates act on what its experts make); `attention` does but for
+    attention, too; `dots` repeats of low-rank projections the product with the first factor.
 
     Layers below the lowest that trains (`first_trained`) have a forward pass and nothing else; the lowest counts
     whole. Virtual tokens of a prompt count in the layers. Gates count as open, the most that a step may have to
@@ -464,7 +466,7 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     again = in_layers - last if remat in RECOMPUTED else inner if remat == "dots" else 0
     passes = in_layers * (1 + behind) + behind * again
     total = 2 * rows * length * passes + 2 * tokens * (2 * outside + trained) + attention + 2.5 * attention_behind
-    return total + (attention_behind if remat != "none" else 0)
+    return total + (attention_behind if remat in ("block", "offload") else 0)
 
 
 def _active_share(config: Any, path: str) -> float:
@@ -639,13 +641,32 @@ def estimate(
 # --- advice -----------------------------------------------------------------------------------------------------------
 
 
+def kept_bytes(config: Any, shapes: Any, mesh: Mesh) -> tuple[float, float]:
+    """What the inputs of all layers take of a chip, and what the results of their attention (in lanes of 128)."""
+    tokens = config.data.batch_size * config.data.seq_len / config.training.accumulation
+    held = tokens / row_shards(mesh) / mesh.shape["sequence"] * shapes.num_layers
+    held *= jnp.dtype(config.model.compute_dtype).itemsize
+    lanes = -(-shapes.head_dim // 128) * 128
+    return held * shapes.hidden_size, held * shapes.num_heads * lanes / mesh.shape["tensor"]
+
+
+def faster(config: Any, shapes: Any, tuned: Any, mesh: Mesh, room: float) -> tuple[str, ...]:
+    """A note of what else could be kept in `room` bytes of a chip, so that less is computed again."""
+    if config.model.remat != "block":
+        return ()
+    _, more = kept_bytes(config, shapes, mesh)
+    batch = config.data.batch_size, config.data.seq_len
+    kept, recomputed = (model_flops(shapes, tuned, *batch, remat) for remat in ("attention", "block"))
+    if 2 * more > room or kept > 0.99 * recomputed:  # the compiler took up to twice as much, for what it fetches ahead
+        return ()
+    return (f"model.remat=attention would compute {1 - kept / recomputed:.1%} less, for about {more / GIB:.2g} GiB",)
+
+
 def advice(
     config: Any, model: Any, mesh: Mesh, topology: Topology, memory: Mapping[str, float], excess: float
 ) -> tuple[str, ...]:
     """What to change where a run needs `excess` bytes more than a chip has: settings, with the GiB each would save."""
-    tokens = config.data.batch_size * config.data.seq_len / config.training.accumulation
-    held = tokens / row_shards(mesh) / mesh.shape["sequence"] * model.config.hidden_size * model.config.num_layers
-    inputs = held * jnp.dtype(config.model.compute_dtype).itemsize
+    inputs, attended = kept_bytes(config, model.config, mesh)
     found: list[tuple[float, str]] = []
     weights = memory["trained"] + memory["frozen"] + memory["optimizer"]
     temporaries = memory["temporaries"]
@@ -657,6 +678,8 @@ def advice(
 
     if config.model.remat not in RECOMPUTED:
         propose(temporaries * 0.6, "model.remat=block: keep only the input of each layer")
+    elif config.model.remat == "attention":
+        propose(attended, "model.remat=block: compute attention again, too")
     elif config.model.remat == "block":
         propose(inputs, "model.remat=offload: keep the input of each layer in host memory")
     most = chips // (mesh.shape["tensor"] * mesh.shape["sequence"] * mesh.shape["expert"]) // topology.slices

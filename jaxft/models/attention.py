@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxft.errors import JaxftError, nearest
+from jaxft.models.rematerialization import ATTENTION, attended
 from jaxft.models.sharding import mesh_axes, platform, spec_of
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -229,8 +230,8 @@ def _dense_forward(
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     out = jnp.einsum("bkgts,bkgsd->bkgtd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32) / total
-    out = out.astype(q.dtype)
-    return out, (q, k, v, mask, top + jnp.log(total), out)
+    out = attended(out.astype(q.dtype))
+    return out, (q, k, v, mask, attended(top + jnp.log(total)), out)
 
 
 def _dense_backward(scale: float, softcap: float | None, residuals: tuple, g: Array) -> tuple[Array | None, ...]:
@@ -306,6 +307,7 @@ def _splash(
         block_sizes=_block_sizes(cut),
         head_shards=_shards("heads", kv_heads),
         q_seq_shards=_sequence_shards(seq),
+        residual_checkpoint_name=ATTENTION,
         attn_logits_soft_cap=softcap,
         interpret=platform() != "tpu",
     )

@@ -8,7 +8,7 @@ iteration as the products it runs beside.
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -18,8 +18,9 @@ from jaxtyping import Array
 from jaxft.errors import JaxftError, nearest
 from jaxft.weights import Tree, scan_layers
 
-REMAT_POLICIES = ("none", "block", "dots", "offload")
-_PROJECTION = "projection"
+REMAT_POLICIES = ("none", "block", "attention", "dots", "offload")
+ATTENTION, _PROJECTION = "attention", "projection"
+_KEPT = {"block": (), "attention": (ATTENTION,), "dots": (ATTENTION, _PROJECTION)}
 Block: TypeAlias = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
@@ -28,12 +29,23 @@ def projected(y: Array) -> Array:
     return checkpoint_name(y, _PROJECTION)
 
 
+def attended(y: Array) -> Array:
+    """What the backward pass of attention needs beside queries, keys and values: its result, and the logarithms of the
+    partition sums. "attention" and "dots" keep it."""
+    return checkpoint_name(y, ATTENTION)
+
+
+def _is_attention_of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    # It is one operation of the compiler, of whose results no name can be given to the sums.
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 def scan_rematerialized(
     block: Block, layers: Tree, carry: Tree, xs: Tree, shared: Tree, policy: str
 ) -> tuple[Tree, Tree]:
     """`scan_layers` of `block(carry, layer, (x, shared)) -> (carry, y)`, recomputed in the backward pass but for what
-    `policy` keeps of a layer: "none" everything; "block" its input only; "dots" the results of its projections;
-    "offload" its input, in host memory.
+    `policy` keeps of a layer: "none" everything; "block" its input only; "attention" its input and the result of
+    attention; "dots" the results of its projections, too; "offload" its input, in host memory.
 
     Args:
         block: one layer; what it uses of arrays that do not differ by layer comes in `shared`.
@@ -49,8 +61,9 @@ def scan_rematerialized(
     if policy == "offload":
         return _scan_with_inputs_in_host_memory(block, layers, carry, xs, shared)
     if policy != "none":
-        policies = jax.checkpoint_policies
-        kept = policies.nothing_saveable if policy == "block" else policies.save_only_these_names(_PROJECTION)
+        kept = jax.checkpoint_policies.save_only_these_names(*_KEPT[policy])
+        if ATTENTION in _KEPT[policy]:
+            kept = jax.checkpoint_policies.save_from_both_policies(kept, _is_attention_of_cudnn)
         block = jax.checkpoint(block, policy=kept, prevent_cse=False)  # inside a scan nothing merges the two passes
     return scan_layers(lambda carry, layer, x: block(carry, layer, (x, shared)), layers, carry, xs)
 

@@ -38,7 +38,8 @@ class Axes(NamedTuple):
 
 UNDIVIDED = Axes()
 
-_BLOCK = 128  # sums that one product of `sum_rows` makes
+_BLOCK = 64  # sums that one product of `sum_rows` makes
+_WIDE = 2048  # columns of a product of `sum_rows`: with fewer, steps of the grid take longer than what they compute
 _BY_OUTPUTS = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
 )
@@ -163,14 +164,18 @@ def _outer(x: Float[Array, "rows i"], g: Float[Array, "rows o"], sizes: Int[Arra
 
 
 def _outer_tpu(
-    x: Float[Array, "rows i"], g: Float[Array, "rows o"], sizes: Int[Array, " groups"], most: int = 512
+    x: Float[Array, "rows i"],
+    g: Float[Array, "rows o"],
+    sizes: Int[Array, " groups"],
+    most: tuple[int, int, int] = (512, 512, 512),
 ) -> Array:
+    """`_outer` in tiles of at most so many rows, inputs and outputs."""
     # The grouped kernel that ships with JAX: XLA's ragged product would be a dense one, of all rows with all groups.
     short = -x.shape[0] % 128
     x, g = (jnp.pad(a, ((0, short), (0, 0))) if short else a for a in (x, g))
-    tile = next(size for size in (512, 256, 128) if x.shape[0] % size == 0 and size <= most)
-    wide = (min(512, -(-a.shape[1] // 128) * 128) for a in (x, g))
-    return tgmm(x.T, g, sizes, preferred_element_type=x.dtype, tiling=(tile, *wide))
+    rows = next(size for size in (512, 256, 128) if x.shape[0] % size == 0 and size <= most[0])
+    sides = (min(side, -(-a.shape[1] // 128) * 128) for side, a in zip(most[1:], (x, g), strict=True))
+    return tgmm(x.T, g, sizes, preferred_element_type=x.dtype, tiling=(rows, *sides))
 
 
 def sum_rows(
@@ -217,7 +222,7 @@ def _sum_rows_tpu(rows: Float[Array, "rows dim"], index: Int[Array, " rows"], co
     blocks = -(-count // _BLOCK)
     edges = jnp.searchsorted(index, _BLOCK * jnp.arange(blocks + 1), method="compare_all")
     place = (index[:, None] % _BLOCK == jnp.arange(_BLOCK)).astype(rows.dtype)
-    return _outer_tpu(place, rows[order], jnp.diff(edges), _BLOCK).reshape(-1, rows.shape[1])[:count]
+    return _outer_tpu(place, rows[order], jnp.diff(edges), (128, _BLOCK, _WIDE)).reshape(-1, rows.shape[1])[:count]
 
 
 def group_of_row(sizes: Int[Array, "shards groups"], rows: int) -> Int[Array, "shards rows"]:

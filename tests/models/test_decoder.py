@@ -110,7 +110,7 @@ def test_rematerialisation_changes_no_gradient():
         return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
 
     expected = gradient("none")
-    for remat in ("block", "dots", "offload"):
+    for remat in ("block", "attention", "dots", "offload"):
         for a, b in zip(gradient(remat), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
 
@@ -122,7 +122,10 @@ def test_remat_recomputes_the_block():
         pullback = jax.eval_shape(lambda p: jax.vjp(lambda p: model.hidden(p, TOKENS, remat=remat), p)[1], params)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    assert residuals("block") < residuals("dots") < residuals("none")
+    assert residuals("block") < residuals("attention") < residuals("dots") < residuals("none")
+    config, tokens = model.config, TOKENS.size
+    of_attention = config.num_layers * tokens * config.num_heads * (config.head_dim + 1)  # and the partition sums
+    assert residuals("attention") - residuals("block") == of_attention
 
 
 def test_unknown_names_are_refused():

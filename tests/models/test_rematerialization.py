@@ -1,14 +1,18 @@
 """What is computed again of a layer, and its input in host memory: fetched an iteration ahead, the same gradients."""
 
 import functools
+import sys
 
 import jax
 import numpy as np
 import pytest
 from jax.extend.core import Literal, jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxft.methods import build
 from jaxft.methods.probe import Probe
+from jaxft.models import LanguageModel
+from jaxft.models.attention import attention
 from jaxft.partition import combine
 from jaxft.training.loss import language_model_loss
 from jaxft.weights.training import in_training
@@ -77,6 +81,37 @@ def test_projections_of_experts_are_kept_with_dots():
         return sum(e.primitive.name == "ragged_dot_general" for e in equations(step.trace(tuned.trainable).jaxpr.jaxpr))
 
     assert products("dots") == products("none") < products("block")
+
+
+def kernels(remat, implementation, name, **changes):
+    """How often a kernel of attention stands in the gradient of a model of a row of 128 tokens."""
+    model = LanguageModel(MODEL.config.replace(num_layers=2, **{"sliding_layers": (), **changes}))
+    tokens = jax.ShapeDtypeStruct((1, 128), jax.numpy.int32)
+
+    def loss(params, tokens):
+        states = model.hidden(params, tokens, remat=remat, attention=implementation, dtype=jax.numpy.bfloat16)
+        return jax.numpy.sum(states.astype(jax.numpy.float32))
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(model.abstract(), tokens).jaxpr
+    found = list(equations(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]))
+    labels = [e.params["name"] if e.primitive.name == "pallas_call" else e.primitive.name for e in found]
+    return sum(label.startswith(name) for label in labels)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 64, "sliding_layers": (True, False)}], ids=["one", "two"])
+def test_the_result_of_attention_is_kept(changes):
+    """Also where layers of two kinds have their attention in the branches of a conditional."""
+    kinds = 2 if changes else 1
+    for remat, times in {"block": 2, "attention": 1, "dots": 1, "none": 1}.items():
+        assert kernels(remat, "splash", "splash_mha_fwd", **changes) == kinds * times, remat
+
+
+@pytest.mark.parametrize(("remat", "times"), [("block", 2), ("attention", 1), ("dots", 1)])
+def test_the_result_of_attention_of_cudnn_is_kept(remat, times, monkeypatch):
+    """By name of an operation that is no part of JAX's interface; without a GPU it can be traced."""
+    monkeypatch.setattr(sys.modules[attention.__module__], "platform", lambda: "gpu")
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 90500)
+    assert kernels(remat, "cudnn", "dot_product_attention_fwd_wrapper") == times
 
 
 def test_an_input_is_fetched_beside_the_layer_above():

@@ -141,4 +141,4 @@ def test_layers_that_would_stay_on_the_device_are_refused(tmp_path):
         problems[remat] = impossible(config)
     assert problems["block"] == []
     ((key, text),) = problems["none"]
-    assert key == ("training", "offload") and "expected model.remat block, dots or offload" in text
+    assert key == ("training", "offload") and "expected model.remat block, attention, dots or offload" in text
