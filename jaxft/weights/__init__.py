@@ -59,7 +59,7 @@ from jaxft.weights.sites import (
     site,
     site_rule,
 )
-from jaxft.weights.sparse import BlockSplit, SparseDelta, gather_blocks, gather_flat
+from jaxft.weights.sparse import BlockSplit, SparseDelta, add_entries, gather_blocks, gather_flat, get_entries
 from jaxft.weights.split import Split, let_through, resplit, split_layers, trained_from
 from jaxft.weights.thresholded import Thresholded
 
@@ -87,6 +87,7 @@ __all__ = [
     "Thresholded",
     "Tree",
     "Weight",
+    "add_entries",
     "add_site",
     "at_layer_rule",
     "by_materializing_linear",
@@ -99,6 +100,7 @@ __all__ = [
     "gather_blocks",
     "gather_flat",
     "gather_rows",
+    "get_entries",
     "graft_share",
     "group_of_row",
     "is_indexed",

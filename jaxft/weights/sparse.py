@@ -99,6 +99,18 @@ def _get_in_pieces(matrix: Array, indices: Array) -> Array:
     return lax.map(get, _in_pieces(indices, matrix.size)).reshape(-1)[: indices.size]
 
 
+def add_entries(
+    matrix: Float[Array, "..."], values: Float[Array, " k"], indices: Int[Array, " k"]
+) -> Float[Array, "..."]:
+    """A matrix that lies on one device plus `values` at flat positions; those outside of it mean nothing."""
+    return lax.platform_dependent(matrix, values, indices, tpu=_add_in_pieces, default=_add_at_once)
+
+
+def get_entries(matrix: Float[Array, "..."], indices: Int[Array, " k"]) -> Float[Array, " k"]:
+    """The entries at flat positions of a matrix that lies on one device; zero outside of it."""
+    return lax.platform_dependent(matrix, indices, tpu=_get_in_pieces, default=gather_flat)
+
+
 def _is_left_to_partitioner(stages: Stages | None) -> bool:
     """Whether a matrix is divided over a mesh in some other way than by rows over `fsdp` (see `division`)."""
     return stages is None and jax.sharding.get_abstract_mesh().size > 1
@@ -119,14 +131,11 @@ def _tuned_matrix(base: Array, values: Array, indices: Array, stages: Stages | N
     if _is_left_to_partitioner(stages):
         return _scatter_add(base, _everywhere(values), _everywhere(indices))
 
-    def add(matrix: Array, values: Array, indices: Array) -> Array:
-        return lax.platform_dependent(matrix, values, indices, tpu=_add_in_pieces, default=_add_at_once)
-
     if stages is None:
-        return add(base, values, indices)
+        return add_entries(base, values, indices)
     rows, whole = PartitionSpec("fsdp"), PartitionSpec()
     divided = jax.shard_map(
-        lambda part, values, indices: add(part, values, _of_own_rows(part, indices)),
+        lambda part, values, indices: add_entries(part, values, _of_own_rows(part, indices)),
         in_specs=(rows, whole, whole),
         out_specs=rows,
         check_vma=False,
@@ -140,13 +149,10 @@ def _gradient_entries(x: Array, g: Array, indices: Array, stages: Stages | None)
     if _is_left_to_partitioner(stages):
         return _everywhere(gather_flat(gradient, _everywhere(indices)))
 
-    def get(matrix: Array, indices: Array) -> Array:
-        return lax.platform_dependent(matrix, indices, tpu=_get_in_pieces, default=gather_flat)
-
     if stages is None:
-        return get(gradient, indices)
+        return get_entries(gradient, indices)
     divided = jax.shard_map(
-        lambda part, indices: lax.psum(get(part, _of_own_rows(part, indices)), "fsdp"),
+        lambda part, indices: lax.psum(get_entries(part, _of_own_rows(part, indices)), "fsdp"),
         in_specs=(PartitionSpec("fsdp"), PartitionSpec()),
         out_specs=PartitionSpec(),
         check_vma=False,

@@ -1,9 +1,12 @@
 """SaRA: the smallest weights train."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxft.errors import JaxftError
@@ -15,7 +18,7 @@ from jaxft.methods.selection.redraw import num_units, redraw
 from jaxft.methods.selection.scores import magnitude
 from jaxft.methods.selection.select import selection
 from jaxft.partition import Tuned, combine, shape_of, weights_by_path
-from jaxft.weights import SparseDelta, Tree, gather_flat, is_node, materialize
+from jaxft.weights import SparseDelta, Tree, add_entries, gather_flat, get_entries, is_node, materialize
 
 THRESHOLD = "threshold"
 
@@ -67,15 +70,10 @@ def sara(budget: float | int = 0.1, adjustments: int = 1, nuclear: float = 5e-4,
             for p, w in weights_by_path(combine(tuned)).items()
             if p in tuned.state and isinstance(w, SparseDelta) and len(shape_of(w)) > 1
         ]
-        return nuclear * sum(nuclear_norm(change_of(w)) for w in nodes)
+        return nuclear * sum(nuclear_norm(w) for w in nodes)
 
     due = at_rounds(adjustments + 1)
     return Method(init, update=update if due else None, due=due, penalty=penalty if nuclear else None)
-
-
-def change_of(w: SparseDelta) -> Float[Array, "..."]:
-    """The dense matrix P of a sparse delta."""
-    return materialize(w.replace(base=jnp.zeros(shape_of(w), jax.tree.leaves(w.values)[0].dtype)))
 
 
 def _entries(w: SparseDelta) -> Array:
@@ -96,17 +94,32 @@ def still_small(w: SparseDelta, threshold: Array) -> Array:
     return jnp.where(jnp.abs(_entries(w)) <= threshold, w.indices, num_units(w))
 
 
-@jax.custom_jvp
-def nuclear_norm(matrices: Float[Array, "... d_in d_out"]) -> Float[Array, ""]:
-    """The sum of singular values, ||P||_* = <P, U V^T>; its derivative is U V^T (0 in directions P does not have)."""
-    return jnp.sum(matrices * polar_factor(matrices))
+def nuclear_norm(w: SparseDelta) -> Float[Array, ""]:
+    """The sum of the singular values of what a sparse delta adds, P, of all layers.
+
+    ||P||_* = <P, U V^T>, whose derivative is U V^T (0 in directions that P does not have). Both need the entries of
+    U V^T where P has any, and no more: a device forms the matrices of one layer at a time.
+    """
+    values = materialize(w.values).astype(jnp.float32)
+    shape = shape_of(w)[w.indices.ndim - 1 :]
+
+    def entries(given: tuple[Array, Array]) -> Array:
+        values, indices = given
+        return get_entries(polar_factor(add_entries(jnp.zeros(shape), values, indices)), indices)
+
+    k = values.shape[-1]
+    given = jax.lax.stop_gradient((values.reshape(-1, k), w.indices.reshape(-1, k)))
+    return jnp.sum(values * _map_over_devices(entries, given).reshape(values.shape))
 
 
-@nuclear_norm.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    (m,), (t,) = primals, tangents
-    factor = polar_factor(m)
-    return jnp.sum(m * factor), jnp.sum(factor * t)
+def _map_over_devices(fn: Callable[[Tree], Array], given: tuple[Array, ...]) -> Array:
+    """`fn` of each row of some matrices, one after the other, the rows divided over the devices of the ambient mesh."""
+    rows, mesh = given[0].shape[0], jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.lax.map(fn, given)
+    spec = PartitionSpec(mesh.axis_names)
+    divided = jax.shard_map(functools.partial(jax.lax.map, fn), in_specs=spec, out_specs=spec, check_vma=False)
+    return divided(tuple(jnp.pad(a, ((0, -rows % mesh.size), (0, 0))) for a in given))[:rows]
 
 
 def polar_factor(matrices: Float[Array, "... m n"], steps: int = 24) -> Float[Array, "... m n"]:

@@ -26,6 +26,7 @@ from jaxft.methods.selection.units import (
     Reduction,
     best_in_rows,
     check_choice,
+    divisible,
     make_budget,
     positions,
     reduce_to_units,
@@ -165,7 +166,8 @@ def selection(
             stacked = probe.roles.is_stacked(path)
             if granularity in WITHIN:
                 with as_values(mask):
-                    index = positions(mask, int(counts.max()))
+                    most = int(counts.max())
+                    index = positions(mask, divisible(most) if granularity == "element" else most)
                 return cut_units(w, index, granularity, size, stacked, counts)
             return cut_layers(w, np.asarray(mask)[:, 0]) if stacked and granularity != "leaf" else Trains(w)
 
@@ -356,9 +358,7 @@ def cut_units(w: Weight, index: Array, granularity: str, size: int, stacked: boo
     with as_values(index):
         windows = jax.vmap(jnp.roll)(rows, moved).reshape(index.shape)
     axis = unit_axis(cut)
-    # Some zeros at the end, where they are few, so that the array divides over a mesh.
-    length = next(n for unit in (256, 16, 1) if (n := -(-held.size // unit) * unit) <= 1.02 * held.size)
-    flat = _end_to_end(trained, held, index.ndim - 1, axis, length)
+    flat = _end_to_end(trained, held, index.ndim - 1, axis, divisible(held.size))
     start = jnp.asarray(start.reshape(index.shape[:-1]))
     trained = Packed(Trains(flat), start, index.shape[-1], axis % flat.ndim)
     return cut.replace(**{field: trained, where: windows})

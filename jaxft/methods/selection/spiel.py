@@ -74,16 +74,16 @@ def spiel(
 
 def regrow(w: SparseDelta, gradient: Array, share: float) -> Array:
     """New indices of a sparse delta: less a share of them, those of least |delta|, plus those of largest |gradient|."""
-    return _regrow(w, gradient, jnp.int32(share * w.indices.shape[-1]), num_units(w))
+    return _regrow(w, gradient, jnp.float32(share), num_units(w))
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _regrow(w: SparseDelta, gradient: Array, drop: Array, n: int) -> Array:
+def _regrow(w: SparseDelta, gradient: Array, share: Array, n: int) -> Array:
     index = w.indices.reshape(-1, w.indices.shape[-1])
     held = index < n
     counts = held.sum(-1, dtype=jnp.int32)
     size = jnp.where(held, jnp.abs(materialize(w.values)).reshape(index.shape), -1)
-    keep = best_in_rows(size, jnp.maximum(counts - drop, 0))
+    keep = best_in_rows(size, counts - (share * counts).astype(jnp.int32))
     scores = jnp.abs(gradient.astype(jnp.float32)).reshape(index.shape[0], n)
     kept = jnp.where(keep, index, n)
     scores = jax.vmap(lambda s, i: s.at[i].set(jnp.inf, mode="drop"))(scores, kept)

@@ -14,7 +14,7 @@ from jaxft.methods.probe import Probe
 from jaxft.methods.registry import register
 from jaxft.methods.selection.scores import fisher
 from jaxft.methods.selection.select import Measure, choose, cut_units
-from jaxft.methods.selection.units import positions
+from jaxft.methods.selection.units import divisible, positions
 from jaxft.partition import Tuned, layer_mask, masked_node, split
 from jaxft.weights import LowRank, Tree, Weight
 
@@ -61,7 +61,7 @@ def spt(
             structured = counts >= (rank * (d_in + d_out) if threshold is None else threshold)
             entries, counts = mask & ~jnp.asarray(structured)[:, None], np.where(structured, 0, counts)
             k = int(counts.max())
-            base = cut_units(w, positions(entries, k), "element", 1, stacked, counts) if k else w
+            base = cut_units(w, positions(entries, divisible(k)), "element", 1, stacked, counts) if k else w
             if not structured.any():
                 return base
             a = jax.random.uniform(path_key(rng, path), (*stack, d_in, rank), jnp.float32, -1, 1) / math.sqrt(d_in)

@@ -192,6 +192,11 @@ def positions(mask: Bool[Array, "pools n"], k: int) -> Int[Array, "pools k"]:
     return found.astype(jnp.int32)
 
 
+def divisible(count: int) -> int:
+    """`count`, or up to 2 % more: what of an axis of so many is padding costs less than that it divides over a mesh."""
+    return next(n for unit in (256, 16, 1) if (n := -(-count // unit) * unit) <= 1.02 * count)
+
+
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 

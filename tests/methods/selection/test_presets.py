@@ -184,11 +184,17 @@ def test_sara_trains_the_smallest_and_freezes_what_grows():
 
 
 def test_the_nuclear_norm_is_the_sum_of_singular_values():
-    m = jax.random.normal(KEY, (2, 5, 4))
-    np.testing.assert_allclose(nuclear_norm(m), np.linalg.svd(m, compute_uv=False).sum(), rtol=1e-5)
-    exact = jax.grad(lambda m: jnp.linalg.svd(m, compute_uv=False).sum())(m)
-    np.testing.assert_allclose(jax.grad(nuclear_norm)(m), exact, rtol=1e-3, atol=1e-4)
-    assert not jax.grad(nuclear_norm)(jnp.zeros((3, 4))).any()
+    values, indices = jax.random.normal(KEY, (2, 20)), jnp.tile(jnp.arange(20), (2, 1))
+
+    def norm(values, base=1.0):
+        return nuclear_norm(SparseDelta(jnp.full((2, 5, 4), base), values, indices))
+
+    def exact(values):
+        return jnp.linalg.svd(values.reshape(2, 5, 4), compute_uv=False).sum()
+
+    np.testing.assert_allclose(norm(values), exact(values), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(norm)(values), jax.grad(exact)(values), rtol=1e-3, atol=1e-4)
+    assert not jax.grad(norm)(jnp.zeros((2, 20))).any()
     penalty = sara(budget=0.2, nuclear=2.0).penalty
     tuned = sara(budget=0.2).init(KEY, params(), Probe())
     moved = tuned._replace(trainable=jax.tree.map(lambda v: v + 0.1, tuned.trainable))

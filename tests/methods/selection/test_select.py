@@ -12,6 +12,7 @@ from jaxft.hub import load_model
 from jaxft.methods import Probe, Signals, build, chain, count_trainable, lora, select
 from jaxft.methods.selection import scores
 from jaxft.methods.selection.scores import Candidates
+from jaxft.methods.selection.units import divisible
 from jaxft.partition import combine, weights_by_path
 from jaxft.weights import RowSplit, Split, materialize
 from tests.methods.tiny import LOSS, batches, params
@@ -137,11 +138,22 @@ def test_a_budget_per_matrix_is_planned_without_values():
     same_shapes(shapes, made)
 
 
+def test_entries_divide_over_a_mesh():
+    """Whatever their number: some padding, where it is little, and as many entries train as without it."""
+    assert [divisible(n) for n in (7, 900, 1040, 420_579)] == [7, 912, 1040, 420_608]
+    params = {"layers": {"w": {"kernel": jax.random.normal(KEY, (2, 64, 400))}}}
+    for budget, per in ((9_001, "model"), (4_501, "matrix")):
+        tuned = select("magnitude", "element", budget, per=per, on="layers").init(KEY, params, Probe())
+        (values,) = jax.tree.leaves(tuned.trainable)
+        assert values.shape[1] % 16 == 0 and 4_501 <= values.shape[1] <= 4_700
+        assert count_trainable(tuned) == budget * (1 if per == "model" else 2)
+
+
 def test_noise_is_divided_over_the_mesh_and_drawn_where_it_decides():
     """A billion scores are neither made for a plan, where each matrix has as many as any other, nor by each device."""
     shapes = load_model("preset:llama3.2-1b").abstract(jnp.bfloat16)
     planned = jax.eval_shape(lambda p: build("spiel").init(KEY, p, Probe()), shapes)
-    assert sum(x.size for x in jax.tree.leaves(planned.trainable)) == 9_730_784
+    assert sum(x.size for x in jax.tree.leaves(planned.trainable)) == 9_740_288  # 0.1 % of it padding
     candidates = Candidates({}, {}, {"w": (3, 64)}, decide=False)
     whole = scores.random()(KEY, candidates, Probe())["w"]
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
