@@ -170,6 +170,16 @@ def pad_spec(spec: PartitionSpec, ndim: int) -> tuple:
     return tuple(spec) + (None,) * (ndim - len(spec))
 
 
+def divided_too(entry: Any, other: Any) -> Any:
+    """An entry of a `PartitionSpec` that divides over `fsdp` if `other` does: of a factor of a weight whose own axis is
+    too short for that, the other axis is divided, or every chip would hold all of what trains."""
+
+    def names(entry: Any) -> tuple[str, ...]:
+        return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+    return (*names(entry), "fsdp") if "fsdp" in names(other) else entry
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from jaxft.weights.core import (
     Node,
     Weight,
     as_rows,
+    divided_too,
     embed,
     embed_rule,
     linear,
@@ -116,7 +117,7 @@ def _(w: LowRank, x: Array) -> Array:
 @specs_rule.register
 def _(w: LowRank, spec: PartitionSpec) -> LowRank:
     *layers, d_in, d_out = pad_spec(spec, jax.eval_shape(materialize, w.a).ndim)
-    a, b = PartitionSpec(*layers, d_in, None), PartitionSpec(*layers, None, d_out)
+    a, b = PartitionSpec(*layers, d_in, None), PartitionSpec(*layers, None, divided_too(d_out, d_in))
     return LowRank(specs(w.base, spec), specs(w.a, a), specs(w.b, b), w.scale, w.dropout)
 
 

@@ -12,6 +12,7 @@ from jaxft.weights.core import (
     Node,
     Weight,
     as_rows,
+    divided_too,
     linear_rule,
     materialize,
     materialize_rule,
@@ -192,6 +193,8 @@ def _(w: RowSplit, x: Array, sizes: Array, axes: Axes) -> Array:
 @specs_rule.register
 def _(w: RowSplit, spec: PartitionSpec) -> RowSplit:
     entries = list(pad_spec(spec, len(w.rows.shape)))
+    if w.axis == -2:
+        entries[-1] = divided_too(entries[-1], entries[-2])
     entries[w.axis] = None
     rows: Any = PartitionSpec(*entries)
     if isinstance(w.rows, Packed):
