@@ -37,6 +37,7 @@ from jaxft.training.state import shardings_of, tuned_of
 from jaxft.training.step import make_train_step
 from jaxft.weights import LowRank, SiteModule, SparseDelta, Split, first_trained, is_node, prompt_embeddings
 from jaxft.weights.memory import HOST_MEMORY
+from jaxft.weights.rows import SOME_EXPERTS
 
 Tree = Any
 
@@ -531,7 +532,7 @@ def kernel_flops(config: Any, rows: int, seq_len: int, mesh: Mesh, attention: st
     """
     most = expert_rows(config, rows, seq_len, mesh)
     attend = attention_kernels(config, rows, seq_len, mesh, attention)
-    return lambda op, operands: attend(op, operands) + grouped_kernels(op, operands, most)
+    return lambda op, operands: attend(op, operands) + grouped_kernels(op, operands, most, config.num_experts)
 
 
 def expert_rows(config: Any, rows: int, seq_len: int, mesh: Mesh) -> float:
@@ -539,18 +540,26 @@ def expert_rows(config: Any, rows: int, seq_len: int, mesh: Mesh) -> float:
     return rows * seq_len * config.num_experts_per_token / row_shards(mesh) / mesh.shape["sequence"]
 
 
-def grouped_kernels(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]], most: float = math.inf) -> float:
+def grouped_kernels(
+    op: hlo.Instruction,
+    operands: list[tuple[str, tuple[int, ...]]],
+    most: float = math.inf,
+    experts: int | None = None,
+) -> float:
     """FLOPs of products of sorted rows with a matrix a group: each row is multiplied with one of them.
 
     `ragged-dot` (XLA's own): `[rows, d_in] x [groups, d_in, d_out]`; `tgmm` (Pallas), the gradient of the matrices,
     `[groups, d_in, d_out]` of `d_in x rows` and `rows x d_out`. A buffer may have more rows than are filled: kernels
-    compute nothing for the others, so that no more than `most` rows count.
+    compute nothing for the others, so that no more than `most` rows count. Where some of the `experts` train, a device
+    has as many rows of one of them as of another.
     """
     found = re.match(r"(ragged-dot|tgmm)(?!-metadata)", op.name)
     if not found:
         return 0.0
     result = op.shapes[0][1]
     left = next(dims for dtype, dims in operands if len(dims) == 2 and not dtype.startswith(("s", "u")))
+    if experts and SOME_EXPERTS in op.op_name:
+        most *= result[0] / experts
     if found[1] == "tgmm":
         return 2 * result[1] * min(left[0] * left[1] // result[1], most) * result[2]
     return 2 * min(left[0], most) * left[1] * result[1]

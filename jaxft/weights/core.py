@@ -171,13 +171,13 @@ def pad_spec(spec: PartitionSpec, ndim: int) -> tuple:
 
 
 def divided_too(entry: Any, other: Any) -> Any:
-    """An entry of a `PartitionSpec` that divides over `fsdp` if `other` does: of a factor of a weight whose own axis is
-    too short for that, the other axis is divided, or every chip would hold all of what trains."""
+    """An entry of a `PartitionSpec` that divides over `fsdp` and `expert`, too, where `other` does: an axis that is too
+    short to be divided leaves that to another one, or every chip would hold all of what trains."""
 
     def names(entry: Any) -> tuple[str, ...]:
         return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
-    return (*names(entry), "fsdp") if "fsdp" in names(other) else entry
+    return (*names(entry), *(name for name in names(other) if name in ("fsdp", "expert"))) or None
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

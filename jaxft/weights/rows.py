@@ -32,6 +32,8 @@ from jaxft.weights.ragged import (
     ragged_outer,
 )
 
+SOME_EXPERTS = "some_experts"  # in the names of operations: products of the rows of those experts that train
+
 
 @node
 class RowSplit(Node):
@@ -160,10 +162,12 @@ def _ragged_row_backward(axis: int, axes: Axes, residuals: tuple[Array, ...], g:
     dx = ragged_input_gradient(g, _replace(base, rows, index, axis), sizes, axes)
     if axis == -1:
         g = _channels(g, index, sizes)
-    if axis == -3:
-        kept, g, sizes = _of_experts(kept, g, sizes, index)
-        axes = axes._replace(groups=())  # those that train lie where they like: each device sums what it has of them
-    return dx, None, ragged_outer(kept, g, sizes, axes).astype(rows.dtype), None, None
+    if axis != -3:
+        return dx, None, ragged_outer(kept, g, sizes, axes).astype(rows.dtype), None, None
+    kept, g, sizes = _of_experts(kept, g, sizes, index)
+    axes = axes._replace(groups=())  # those that train lie where they like: each device sums what it has of them
+    with jax.named_scope(SOME_EXPERTS):
+        return dx, None, ragged_outer(kept, g, sizes, axes).astype(rows.dtype), None, None
 
 
 _ragged_row_matmul.defvjp(_ragged_row_forward, _ragged_row_backward)
@@ -193,8 +197,8 @@ def _(w: RowSplit, x: Array, sizes: Array, axes: Axes) -> Array:
 @specs_rule.register
 def _(w: RowSplit, spec: PartitionSpec) -> RowSplit:
     entries = list(pad_spec(spec, len(w.rows.shape)))
-    if w.axis == -2:
-        entries[-1] = divided_too(entries[-1], entries[-2])
+    if w.axis != -1:
+        entries[w.axis + 1] = divided_too(entries[w.axis + 1], entries[w.axis])
     entries[w.axis] = None
     rows: Any = PartitionSpec(*entries)
     if isinstance(w.rows, Packed):

@@ -1,11 +1,13 @@
 """`SparseDelta` and `BlockSplit`: single entries, or blocks of entries, of a matrix train."""
 
 import functools
+import math
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.weights.core import (
@@ -111,9 +113,32 @@ def get_entries(matrix: Float[Array, "..."], indices: Int[Array, " k"]) -> Float
     return lax.platform_dependent(matrix, indices, tpu=_get_in_pieces, default=gather_flat)
 
 
-def _is_left_to_partitioner(stages: Stages | None) -> bool:
-    """Whether a matrix is divided over a mesh in some other way than by rows over `fsdp` (see `division`)."""
-    return stages is None and jax.sharding.get_abstract_mesh().size > 1
+Division: TypeAlias = tuple[str | None, ...]
+"""The mesh axis, of each axis of a matrix (or of the matrices of experts), over which it is divided."""
+
+
+def _division(stages: Stages | None) -> Division | None:
+    """Of a matrix, see `reduction.division`; None on one device, and where it lies in some other way."""
+    return None if stages is None or jax.sharding.get_abstract_mesh().empty else ("fsdp", None)
+
+
+def _division_of_experts(shape: tuple[int, ...]) -> Division | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types) or mesh.shape.get("tensor", 1) > 1:
+        return None
+    sizes = [(axis, mesh.shape.get(axis, 1)) for axis in ("expert", "fsdp")]
+    found = [axis if size > 1 and n % size == 0 else None for (axis, size), n in zip(sizes, shape, strict=False)]
+    return (*found, None) if any(found) else None
+
+
+def _own_places(part: Array, indices: Array, division: Division) -> Array:
+    """Flat positions in a matrix as positions in the part of it that a chip holds; what others hold lies outside."""
+    whole = tuple(n if axis is None else n * lax.axis_size(axis) for n, axis in zip(part.shape, division, strict=True))
+    place, is_own = jnp.zeros_like(indices), jnp.ones_like(indices, bool)
+    for coordinate, n, axis in zip(_coordinates(indices, whole), part.shape, division, strict=True):
+        own = coordinate if axis is None else coordinate - lax.axis_index(axis) * n
+        place, is_own = place * n + own, is_own & (own >= 0) & (own < n)
+    return jnp.where(is_own, place, part.size)
 
 
 def _everywhere(vector: Array) -> Array:
@@ -121,40 +146,43 @@ def _everywhere(vector: Array) -> Array:
     return lax.with_sharding_constraint(vector, PartitionSpec())
 
 
-def _of_own_rows(matrix: Array, indices: Array) -> Array:
-    """Flat positions in a matrix as positions in the rows that a chip holds of it; what others hold lies outside."""
-    return indices - lax.axis_index("fsdp") * matrix.size
-
-
-def _tuned_matrix(base: Array, values: Array, indices: Array, stages: Stages | None) -> Array:
-    """`base` plus `values` at `indices`: each chip adds to its own rows."""
-    if _is_left_to_partitioner(stages):
-        return _scatter_add(base, _everywhere(values), _everywhere(indices))
-
-    if stages is None:
+def _tuned_matrix(base: Array, values: Array, indices: Array, division: Division | None) -> Array:
+    """`base` plus `values` at `indices`: each chip adds to its own part."""
+    if division is None:
+        if jax.sharding.get_abstract_mesh().size > 1:  # left to the partitioner
+            return _scatter_add(base, _everywhere(values), _everywhere(indices))
         return add_entries(base, values, indices)
-    rows, whole = PartitionSpec("fsdp"), PartitionSpec()
+    parts, whole = PartitionSpec(*division), PartitionSpec()
     divided = jax.shard_map(
-        lambda part, values, indices: add_entries(part, values, _of_own_rows(part, indices)),
-        in_specs=(rows, whole, whole),
-        out_specs=rows,
+        lambda part, values, indices: add_entries(part, values, _own_places(part, indices, division)),
+        in_specs=(parts, whole, whole),
+        out_specs=parts,
         check_vma=False,
     )
     return divided(base, values.astype(base.dtype), indices)
 
 
-def _gradient_entries(x: Array, g: Array, indices: Array, stages: Stages | None) -> Array:
-    """Entries of the gradient of a weight that `x` is multiplied with: each chip reads those of its own rows."""
-    gradient = divided_gradient(x, g, stages)
-    if _is_left_to_partitioner(stages):
-        return _everywhere(gather_flat(gradient, _everywhere(indices)))
-
-    if stages is None:
+def _entries_of(gradient: Array, indices: Array, division: Division | None) -> Array:
+    """Entries of the gradient of a weight: each chip reads those of its own part."""
+    if division is None:
+        if jax.sharding.get_abstract_mesh().size > 1:
+            return _everywhere(gather_flat(gradient, _everywhere(indices)))
         return get_entries(gradient, indices)
+    axes = tuple(axis for axis in division if axis is not None)
+    is_divided = indices.size % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 0
+
+    def local(part: Array, indices: Array) -> Array:
+        found = get_entries(part, _own_places(part, indices, division))
+        if not is_divided:
+            return lax.psum(found, axes)
+        for axis in axes:  # over both at once libtpu would sum by all-reduce
+            found = lax.psum_scatter(found, axis, tiled=True)
+        return found
+
     divided = jax.shard_map(
-        lambda part, indices: lax.psum(get_entries(part, _of_own_rows(part, indices)), "fsdp"),
-        in_specs=(PartitionSpec("fsdp"), PartitionSpec()),
-        out_specs=PartitionSpec(),
+        local,
+        in_specs=(PartitionSpec(*division), PartitionSpec()),
+        out_specs=PartitionSpec(axes if is_divided else None),
         check_vma=False,
     )
     return divided(gradient, indices)
@@ -167,7 +195,7 @@ def _(w: SparseDelta) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sparse_matmul(x: Array, base: Array, values: Array, indices: Array, stages: Stages | None) -> Array:
-    return jnp.matmul(x, gathered(_tuned_matrix(base, values, indices, stages), stages or ()))
+    return jnp.matmul(x, gathered(_tuned_matrix(base, values, indices, _division(stages)), stages or ()))
 
 
 def _sparse_forward(
@@ -179,8 +207,10 @@ def _sparse_forward(
 def _sparse_backward(stages: Stages | None, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     # One layer's dense product is transient (it dies within the layer); only its `k` entries leave the backward pass.
     x, base, values, indices = residuals
-    dx = jnp.matmul(g, gathered(_tuned_matrix(base, values, indices, stages), stages or ()).T)
-    return dx, None, _gradient_entries(x, g, indices, stages).astype(values.dtype), None
+    tuned = _tuned_matrix(base, values, indices, _division(stages))
+    dx = jnp.matmul(g, gathered(tuned, stages or ()).T)
+    entries = _entries_of(divided_gradient(x, g, stages), indices, _division(stages))
+    return dx, None, entries.astype(values.dtype), None
 
 
 _sparse_matmul.defvjp(_sparse_forward, _sparse_backward)
@@ -194,7 +224,7 @@ def _(w: SparseDelta, x: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _ragged_sparse_matmul(x: Array, base: Array, values: Array, indices: Array, sizes: Array, axes: Axes) -> Array:
-    return ragged_matmul(x, _scatter_add(base, values, indices), sizes, axes)
+    return ragged_matmul(x, _tuned_matrix(base, values, indices, _division_of_experts(base.shape)), sizes, axes)
 
 
 def _ragged_sparse_forward(
@@ -205,10 +235,10 @@ def _ragged_sparse_forward(
 
 def _ragged_sparse_backward(axes: Axes, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
     x, base, values, indices, sizes = residuals
-    dx = ragged_input_gradient(g, _scatter_add(base, values, indices), sizes, axes)
-    dense = ragged_outer(x, g, sizes, axes)
-    gather = jax.vmap(gather_flat) if indices.ndim > 1 else gather_flat
-    return dx, None, gather(dense, indices).astype(values.dtype), None, None
+    division = _division_of_experts(base.shape)
+    dx = ragged_input_gradient(g, _tuned_matrix(base, values, indices, division), sizes, axes)
+    entries = _entries_of(ragged_outer(x, g, sizes, axes), indices, division)
+    return dx, None, entries.astype(values.dtype), None, None
 
 
 _ragged_sparse_matmul.defvjp(_ragged_sparse_forward, _ragged_sparse_backward)
@@ -216,7 +246,11 @@ _ragged_sparse_matmul.defvjp(_ragged_sparse_forward, _ragged_sparse_backward)
 
 @ragged_linear_rule.register
 def _(w: SparseDelta, x: Array, sizes: Array, axes: Axes) -> Array:
-    return _ragged_sparse_matmul(x, materialize(w.base).astype(x.dtype), materialize(w.values), w.indices, sizes, axes)
+    base, values, indices = materialize(w.base).astype(x.dtype), materialize(w.values), w.indices
+    if indices.ndim > 1:  # of each matrix by itself
+        size = math.prod(base.shape[1:])
+        indices = jnp.where(indices < size, indices + size * jnp.arange(len(base))[:, None], base.size)
+    return _ragged_sparse_matmul(x, base, values.reshape(-1), indices.reshape(-1), sizes, axes)
 
 
 def _axis_names(entries: tuple) -> tuple[str, ...]:
@@ -230,12 +264,10 @@ def _(w: SparseDelta, spec: PartitionSpec) -> SparseDelta:
     layers = w.indices.ndim - 1
     names = _axis_names(tuple(spec)[layers:])
     flat = PartitionSpec(*(None,) * layers, names or None)
-    values = _packed_specs(w.values, names) if isinstance(w.values, Packed) else flat
+    values: Any = flat
+    if isinstance(w.values, Packed):
+        values = w.values.replace(values=PartitionSpec(names or None), start=PartitionSpec())
     return SparseDelta(specs(w.base, spec), values, flat)
-
-
-def _packed_specs(w: Packed, names: tuple[str, ...]) -> Packed:
-    return w.replace(values=PartitionSpec(names or None), start=PartitionSpec())
 
 
 @node
@@ -338,8 +370,9 @@ def _(w: BlockSplit, x: Array, sizes: Array, axes: Axes) -> Array:
 @specs_rule.register
 def _(w: BlockSplit, spec: PartitionSpec) -> BlockSplit:
     layers = w.index.ndim - 1
-    names = _axis_names(pad_spec(spec, layers + 2)[layers:])
-    blocks = PartitionSpec(*(None,) * layers, names or None, None, None)
+    entries = pad_spec(spec, layers + 2)
+    sides = (None, *entries[layers:])  # any number of blocks may train: the mesh divides each of them
+    blocks: Any = PartitionSpec(*entries[:layers], *sides)
     if isinstance(w.blocks, Packed):
-        blocks = _packed_specs(w.blocks, names)
+        blocks = w.blocks.replace(values=PartitionSpec(*sides), start=PartitionSpec())
     return BlockSplit(specs(w.base, spec), blocks, PartitionSpec())

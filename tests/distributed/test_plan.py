@@ -52,6 +52,7 @@ from jaxft.training import compilation, loss
 from jaxft.training.offload import is_readable
 from jaxft.training.state import abstract_state, init_state, tuned_of
 from jaxft.weights import RowSplit
+from jaxft.weights.rows import SOME_EXPERTS
 
 needs_compiler = pytest.mark.skipif(topology.compiler() is None, reason=topology.MISSING)
 VOCAB, DIM, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, ROWS, SEQ = 896, 256, 640, 6, 6, 2, 64, 4, 128
@@ -507,6 +508,30 @@ def test_products_of_experts_are_counted_and_their_gradients_scattered(directory
     assert (experts, DIM // 4, width) in scattered and (experts, width // 4, DIM) in scattered
     summed = [dims for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result]
     assert not any(experts in dims and width in dims for dims in summed)
+
+
+def test_rows_of_the_experts_that_train_are_those_that_count():
+    named = f'metadata={{op_name="jit(step)/{SOME_EXPERTS}/pallas_call"}}'
+    operands = [("bf16", (64, 512)), ("bf16", (512, 96))]
+    for attributes, rows in (("", 256), (named, 256 * 2 / 8)):
+        op = hlo.Instruction("tgmm.3", "custom-call", "bf16[2,64,96]", ("a", "b"), "", attributes, False)
+        assert grouped_kernels(op, operands, most=256, experts=8) == 2 * 64 * rows * 96
+
+
+@needs_compiler
+def test_no_chip_is_sent_an_expert_of_another_for_its_entries(directory, tmp_path, quick_compiler):
+    experts = 8
+    changes = MIXTURE | {"num_local_experts": experts}
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | changes))
+    sizes = ("mesh.expert=4", "mesh.fsdp=2", "mesh.data=1", "data.batch_size=8")
+    wanted, model = config(tmp_path, "{name: spiel, budget: 0.1}", "model.attention=xla", *sizes), load_model(tmp_path)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x4")))
+    found = hlo.costs(hlo.parse(compile_step(wanted, model, mesh).step.as_text()))
+    sent = {(dtype, sides(dims)) for c in found.collectives for dtype, dims in c.result}
+    assert not any({experts, INNER} <= set(dims) or experts * DIM * INNER in dims for _, dims in sent)
+    assert not [dims for dtype, dims in sent if dtype == "s32" and 3 in dims], "one position, not three coordinates"
+    summed = {sides(dims) for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result}
+    assert not any(math.prod(dims) >= experts // 4 * DIM * INNER for dims in summed)
 
 
 @needs_compiler

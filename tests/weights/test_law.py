@@ -281,7 +281,20 @@ def test_on_a_mesh(name):
 
 def test_short_specs_mean_trailing_none():
     made = specs(combine(cut("LowRank"))["w"], P(None, "fsdp"))
-    assert (made.a, made.b) == (P(None, "fsdp", None), P(None, None, None))
+    assert (made.a, made.b) == (P(None, "fsdp", None), P(None, None, "fsdp"))
+
+
+def test_all_that_trains_divides_over_fsdp():
+    """Whatever its rank, or the number of rows, blocks, entries and experts: along an axis of the matrix."""
+
+    def made(name):
+        return specs(combine(cut(name))["w"], P(None, "fsdp", "tensor"))
+
+    assert made("LowRank").b == P(None, None, ("tensor", "fsdp"))
+    assert made("RowSplit-rows").rows == P(None, None, ("tensor", "fsdp"))
+    assert made("RowSplit-columns").rows == P(None, "fsdp", None)
+    assert made("BlockSplit").blocks == P(None, None, "fsdp", "tensor")
+    assert made("SparseDelta").values == P(None, ("fsdp", "tensor"))
 
 
 def equations(jaxpr, inside=()):

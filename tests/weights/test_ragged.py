@@ -1,5 +1,7 @@
 """The law of weight nodes for experts: row r of expert e is `x[r] @ materialize(w)[e]`, values and gradients."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ from jaxft.weights import (
     sum_rows,
 )
 from jaxft.weights.ragged import UNDIVIDED, _outer, _outer_tpu, _sum_rows_tpu
+from jaxft.weights.rows import SOME_EXPERTS
 from tests.weights.test_law import CASES, close, equations, packed_up, with_gradients
 
 L, E, D, ROWS = 4, 3, 8, 6
@@ -119,14 +122,17 @@ OWN = jnp.asarray([[4, 0, 0], [0, 6, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0,
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["LowRank", "Split", "Gated", "RowSplit-rows", "RowSplit-experts-padded", "RowSplit-experts-packed", "SparseDelta"]
-    + ["SparseDelta-over-all-experts", "BlockSplit", "Observed"],
+    ("name", "other"),
+    [
+        *[(name, "data") for name in ("LowRank", "Split", "Gated", "RowSplit-rows", "BlockSplit", "Observed")],
+        *itertools.product(("SparseDelta", "SparseDelta-over-all-experts"), ("data", "fsdp")),
+        *itertools.product(("RowSplit-experts-padded", "RowSplit-experts-packed"), ("data", "fsdp")),
+    ],
 )
-def test_on_a_mesh_where_rows_are_with_their_experts(name):
+def test_on_a_mesh_where_rows_are_with_their_experts(name, other):
     """No device has a matrix of another, or rows for one; where it has fewer rows than there is room, zeros follow."""
-    mesh = make_mesh(MeshConfig(data=2, expert=3), jax.devices()[:6])
-    axes = Axes(("data", "expert"), ("expert",))
+    mesh = make_mesh(MeshConfig(expert=3, **{"data": 1, other: 2}), jax.devices()[:6])
+    axes = Axes((other, "expert"), ("expert",))
     tuned, group = cut(name), group_of_row(OWN, ROWS)
     x = jnp.where((group < E)[..., None], normal(31, 6, ROWS, D), 0)
     places = tree_shardings(combine(tuned), {"w": ("layers", "expert", "embed", "mlp")}, mesh)
@@ -141,6 +147,11 @@ def test_on_a_mesh_where_rows_are_with_their_experts(name):
         run = jax.jit(lambda t, x: with_gradients(lambda p, x: chained(p, x, axes, OWN), t, x))
         found = run(again, jax.device_put(x, NamedSharding(mesh, P(axes.shards))))
     close(found, jax.jit(lambda t, x: with_gradients(lambda p, x: chained_slow(p, x, OWN), t, x))(tuned, x))
+
+
+def test_matrices_of_experts_that_train_divide_over_all_devices():
+    made = specs(combine(cut("RowSplit-experts"))["w"], P(None, "expert", "fsdp", "tensor"))
+    assert made.rows == P(None, None, ("fsdp", "expert"), "tensor"), "they lie where they like, not with their experts"
 
 
 def test_sums_of_rows_by_index():
@@ -160,8 +171,11 @@ def test_only_the_chosen_experts_have_a_weight_gradient():
         return jnp.sum(ragged_linear(x, w.replace(rows=rows), SIZES))
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(w.rows, normal(1, 2, ROWS, D)).jaxpr
-    made = [e.outvars[0].aval.shape for e, _ in equations(jaxpr) if e.primitive.name == "ragged_dot_general"]
+    products = [e for e, _ in equations(jaxpr) if e.primitive.name == "ragged_dot_general"]
+    made = [e.outvars[0].aval.shape for e in products]
     assert made.count((2, D, D)) == 2 and (E, D, D) not in made, "a product for each shard, of the two experts alone"
+    named = [e.outvars[0].aval.shape for e in products if SOME_EXPERTS in str(e.source_info.name_stack)]
+    assert named == [(2, D, D)] * 2, "the plan knows them by name"
 
 
 def test_the_kernel_for_tpu_is_the_same_product():

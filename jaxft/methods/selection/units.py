@@ -193,8 +193,10 @@ def positions(mask: Bool[Array, "pools n"], k: int) -> Int[Array, "pools k"]:
 
 
 def divisible(count: int) -> int:
-    """`count`, or up to 2 % more: what of an axis of so many is padding costs less than that it divides over a mesh."""
-    return next(n for unit in (256, 16, 1) if (n := -(-count // unit) * unit) <= 1.02 * count)
+    """`count`, or up to 2 % more: some padding costs less than an axis that does not divide over a mesh. A TPU keeps
+    vectors in tiles of 1024, and gathers those whose parts fill no tile by summing: 65,536 are one on each of 64 chips.
+    """
+    return next(n for unit in (2**16, 2**12, 256, 16, 1) if (n := -(-count // unit) * unit) <= 1.02 * count)
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
