@@ -38,7 +38,7 @@ class Axes(NamedTuple):
 
 UNDIVIDED = Axes()
 
-_BLOCK = 64  # sums that one product of `sum_rows` makes
+_BLOCK = 64  # sums that one product of `sum_rows` makes, of which each row belongs to one: the rest is in vain
 _WIDE = 2048  # columns of a product of `sum_rows`: with fewer, steps of the grid take longer than what they compute
 _BY_OUTPUTS = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(([1], [2]), ([], [])), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]

@@ -119,10 +119,11 @@ Division: TypeAlias = tuple[str | None, ...]
 
 def _division(stages: Stages | None) -> Division | None:
     """Of a matrix, see `reduction.division`; None on one device, and where it lies in some other way."""
-    return None if stages is None or jax.sharding.get_abstract_mesh().empty else ("fsdp", None)
+    return None if stages is None else ("fsdp", None)
 
 
 def _division_of_experts(shape: tuple[int, ...]) -> Division | None:
+    """Of matrices `[experts, d_in, d_out]`; None on one device, and where `tensor` divides them, too."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types) or mesh.shape.get("tensor", 1) > 1:
         return None

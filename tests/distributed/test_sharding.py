@@ -77,7 +77,7 @@ def test_nodes_derive_their_specs_from_the_leaf_they_replace():
     kernel = combine(shardings)["layers"]["mlp"]["up"]["kernel"]
     assert isinstance(kernel, LowRank)
     assert kernel.base.spec == P(None, "fsdp", "tensor")
-    assert kernel.a.spec == P(None, "fsdp") and kernel.b.spec == P(None, None, "tensor")
+    assert kernel.a.spec == P(None, "fsdp") and kernel.b.spec == P(None, None, ("tensor", "fsdp"))
     tuned = hft().init(jax.random.key(0), params(), Probe())
     shardings = tuned_shardings(tuned, MODEL.logical_axes(), mesh_of(fsdp=2, tensor=4))
     kernel = combine(shardings)["layers"]["mlp"]["up"]["kernel"]
