@@ -170,14 +170,15 @@ def pad_spec(spec: PartitionSpec, ndim: int) -> tuple:
     return tuple(spec) + (None,) * (ndim - len(spec))
 
 
+def axis_names(*entries: Any) -> tuple[str, ...]:
+    """The mesh axes that some entries of a `PartitionSpec` name."""
+    return tuple(name for e in entries if e is not None for name in (e if isinstance(e, tuple) else (e,)))
+
+
 def divided_too(entry: Any, other: Any) -> Any:
     """An entry of a `PartitionSpec` that divides over `fsdp` and `expert`, too, where `other` does: an axis that is too
     short to be divided leaves that to another one, or every chip would hold all of what trains."""
-
-    def names(entry: Any) -> tuple[str, ...]:
-        return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-
-    return (*names(entry), *(name for name in names(other) if name in ("fsdp", "expert"))) or None
+    return (*axis_names(entry), *(name for name in axis_names(other) if name in ("fsdp", "expert"))) or None
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.weights.core import Node, at_layer_rule, materialize_rule, node, static
+from jaxft.weights.core import Node, at_layer_rule, materialize_rule, node, pad_spec, specs_rule, static
 
 
 @node
@@ -69,3 +70,10 @@ def _(w: Packed) -> Array:
     if w.start.ndim:
         return jax.vmap(lambda start: materialize_rule(w.replace(start=start)))(w.start)
     return lax.dynamic_slice_in_dim(w.values, w.start, w.k, w.axis)
+
+
+@specs_rule.register
+def _(w: Packed, spec: PartitionSpec) -> Packed:
+    """Of windows laid out as `spec` says."""
+    entries = pad_spec(spec, len(w.shape))
+    return w.replace(values=PartitionSpec(*entries[w.start.ndim :]), start=PartitionSpec())

@@ -1,7 +1,6 @@
 """`RowSplit`: some rows or columns of a matrix train (input and output channels, vocabulary rows), or some experts."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +199,4 @@ def _(w: RowSplit, spec: PartitionSpec) -> RowSplit:
     if w.axis != -1:
         entries[w.axis + 1] = divided_too(entries[w.axis + 1], entries[w.axis])
     entries[w.axis] = None
-    rows: Any = PartitionSpec(*entries)
-    if isinstance(w.rows, Packed):
-        rows = w.rows.replace(values=PartitionSpec(*entries[w.index.ndim - 1 :]), start=PartitionSpec())
-    return w.replace(base=specs(w.base, spec), rows=rows, index=PartitionSpec())
+    return w.replace(base=specs(w.base, spec), rows=specs(w.rows, PartitionSpec(*entries)), index=PartitionSpec())

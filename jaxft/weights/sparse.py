@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxft.weights.core import (
     Node,
     Weight,
+    axis_names,
     linear_rule,
     materialize,
     materialize_rule,
@@ -254,21 +255,11 @@ def _(w: SparseDelta, x: Array, sizes: Array, axes: Axes) -> Array:
     return _ragged_sparse_matmul(x, base, values.reshape(-1), indices.reshape(-1), sizes, axes)
 
 
-def _axis_names(entries: tuple) -> tuple[str, ...]:
-    return tuple(
-        name for entry in entries if entry is not None for name in (entry if isinstance(entry, tuple) else (entry,))
-    )
-
-
 @specs_rule.register
 def _(w: SparseDelta, spec: PartitionSpec) -> SparseDelta:
     layers = w.indices.ndim - 1
-    names = _axis_names(tuple(spec)[layers:])
-    flat = PartitionSpec(*(None,) * layers, names or None)
-    values: Any = flat
-    if isinstance(w.values, Packed):
-        values = w.values.replace(values=PartitionSpec(names or None), start=PartitionSpec())
-    return SparseDelta(specs(w.base, spec), values, flat)
+    flat = PartitionSpec(*(None,) * layers, axis_names(*tuple(spec)[layers:]) or None)
+    return SparseDelta(specs(w.base, spec), specs(w.values, flat), flat)
 
 
 @node
@@ -372,8 +363,6 @@ def _(w: BlockSplit, x: Array, sizes: Array, axes: Axes) -> Array:
 def _(w: BlockSplit, spec: PartitionSpec) -> BlockSplit:
     layers = w.index.ndim - 1
     entries = pad_spec(spec, layers + 2)
-    sides = (None, *entries[layers:])  # any number of blocks may train: the mesh divides each of them
-    blocks: Any = PartitionSpec(*entries[:layers], *sides)
-    if isinstance(w.blocks, Packed):
-        blocks = w.blocks.replace(values=PartitionSpec(*sides), start=PartitionSpec())
-    return BlockSplit(specs(w.base, spec), blocks, PartitionSpec())
+    # Any number of blocks may train: the mesh divides each of them.
+    blocks = PartitionSpec(*entries[:layers], None, *entries[layers:])
+    return BlockSplit(specs(w.base, spec), specs(w.blocks, blocks), PartitionSpec())

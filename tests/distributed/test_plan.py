@@ -26,6 +26,7 @@ from jaxft.data import EvaluationSetConfig
 from jaxft.distributed import MeshConfig, MeshError, ShardingReport, hlo, make_mesh, topology
 from jaxft.distributed.automatic import TRAINS_FIRST, Needs, abstract_run, choose, resolve_mesh
 from jaxft.distributed.plan import (
+    advice,
     attention_kernels,
     compile_step,
     expert_rows,
@@ -686,6 +687,10 @@ def test_where_there_is_room_the_plan_says_what_else_to_keep(directory):
     block = 8 * (LINEAR - LAYERS * DIM * INNER) + 6 * (LAYERS * DIM * INNER + DIM * VOCAB)  # `down` is not repeated
     share = LAYERS * attention / (LAYERS * 4.5 * attention + length * block)
     (found,) = note(2 * held)
+    kept = config(directory, "{name: full}", f"data.seq_len={length}", "model.remat=attention")
+    memory = {"trained": 0, "frozen": 0, "optimizer": 0, "temporaries": 0}
+    told = advice(kept, model, mesh, parse_topology("v5e:2x2"), memory, held)
+    assert any("model.remat=block: compute attention again" in text for text in told)
     assert found == f"model.remat=attention would compute {share:.1%} less, for about {held / GIB:.2g} GiB"
     assert (
         note(2 * held - 1)

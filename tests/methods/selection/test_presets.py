@@ -1,5 +1,6 @@
 """What each preset promises, on a tiny model; what all methods promise is in tests/methods/test_conformance.py."""
 
+import functools
 import itertools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.errors import JaxftError
 from jaxft.methods import (
     Probe,
@@ -150,6 +152,10 @@ def test_spiel_drops_the_smallest_deltas_and_grows_where_the_gradient_is():
     assert regrow(w, gradient, 0.3).tolist() == [[2, 4, 11, 19]]
     assert regrow(w, gradient, 0.75).tolist() == [[4, 7, 16, 19]]  # a dropped position may come back
     assert regrow(w, gradient, 0.1).tolist() == [[2, 7, 11, 19]]
+    padded = SparseDelta(
+        base, jnp.pad(w.values, ((0, 0), (0, 4))), jnp.pad(w.indices, ((0, 0), (0, 4)), constant_values=20)
+    )
+    assert regrow(padded, gradient, 0.5).tolist() == [[4, 11, 16, 19, 20, 20, 20, 20]]
 
 
 def test_spiel_keeps_the_number_of_positions_and_forgets_the_dropped():
@@ -186,8 +192,8 @@ def test_sara_trains_the_smallest_and_freezes_what_grows():
 def test_the_nuclear_norm_is_the_sum_of_singular_values():
     values, indices = jax.random.normal(KEY, (2, 20)), jnp.tile(jnp.arange(20), (2, 1))
 
-    def norm(values, base=1.0):
-        return nuclear_norm(SparseDelta(jnp.full((2, 5, 4), base), values, indices))
+    def norm(values):
+        return nuclear_norm(SparseDelta(jnp.ones((2, 5, 4)), values, indices))
 
     def exact(values):
         return jnp.linalg.svd(values.reshape(2, 5, 4), compute_uv=False).sum()
@@ -195,6 +201,11 @@ def test_the_nuclear_norm_is_the_sum_of_singular_values():
     np.testing.assert_allclose(norm(values), exact(values), rtol=1e-5)
     np.testing.assert_allclose(jax.grad(norm)(values), jax.grad(exact)(values), rtol=1e-3, atol=1e-4)
     assert not jax.grad(norm)(jnp.zeros((2, 20))).any()
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=8))):  # two layers do not divide over eight devices
+        step = jax.jit(jax.value_and_grad(norm))
+        found = step(values)
+        assert "f32[2,5,4]{" not in step.lower(values).compile().as_text(), "no device forms the matrices of all layers"
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), found, jax.value_and_grad(norm)(values))
     penalty = sara(budget=0.2, nuclear=2.0).penalty
     tuned = sara(budget=0.2).init(KEY, params(), Probe())
     moved = tuned._replace(trainable=jax.tree.map(lambda v: v + 0.1, tuned.trainable))
