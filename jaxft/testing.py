@@ -417,7 +417,8 @@ def check_sharded(trial: Trial, mesh: Mesh | None = None) -> None:
     with jax.set_mesh(mesh):
         events, *_ = dataclasses.replace(trial, params=jax.device_put(trial.params, places), mesh=mesh).train()
     for one, many in zip(trial.events, events, strict=True):
-        near = abs(one.loss - many.loss) <= 1e-5 * abs(one.loss)
+        # A first step of Adam (anew in each round of some methods) has the signs of gradients, be they but rounding.
+        near = abs(one.loss - many.loss) <= 5e-5 * abs(one.loss)
         assert near, f"step {one.step}: loss {one.loss} on one device, {many.loss} on {mesh.size}"
     step = events[-1]
     assert jax.tree.structure(step.after) == jax.tree.structure(trial.end_tuned)

@@ -18,7 +18,7 @@ from jaxft.models.config import DecoderConfig
 from jaxft.models.mixture import Routing, mixture
 from jaxft.models.rematerialization import projected, scan_rematerialized
 from jaxft.models.rope import rotary_embedding, rotate
-from jaxft.models.sharding import constrain
+from jaxft.models.sharding import columns, from_residual, residual, to_residual
 from jaxft.weights import Tree, fetch_layer, linear, site, value
 
 _ACTIVATIONS = {
@@ -66,27 +66,28 @@ def decoder_block(
 
     def heads(name: str, normed: Array) -> Float[Array, "batch seq heads head_dim"]:
         y = project(layer, f"attn.{name}", normed)
-        return rearrange(y, "batch seq (heads dim) -> batch seq heads dim", dim=config.head_dim)
+        return columns(rearrange(y, "batch seq (heads dim) -> batch seq heads dim", dim=config.head_dim))
 
-    normed = norm("attn_norm", x)
+    normed = from_residual(norm("attn_norm", x))
     q, k, v = heads("q", normed), heads("k", normed), heads("v", normed)
     if config.qk_norm:
         q = rms_norm(q, layer["attn"]["q_norm"], config)
         k = rms_norm(k, layer["attn"]["k_norm"], config)
-    mixed = attend(rotate(q, *rope), rotate(k, *rope), v)
+    mixed = columns(attend(rotate(q, *rope), rotate(k, *rope), v))
     mixed = rearrange(mixed, "batch seq heads dim -> batch seq (heads dim)")
-    mixed = project(layer, "attn.o", mixed)
+    mixed = to_residual(project(layer, "attn.o", mixed))
     x = x + site(layer, "attn", norm("post_attn_norm", mixed) if config.post_norms else mixed)
 
-    normed = norm("mlp_norm", x)
+    normed = from_residual(norm("mlp_norm", x))
     activation, routing = _ACTIVATIONS[config.hidden_act], None
     if config.num_experts:
         mixed, routing = mixture(config, layer, normed, is_real, activation)
     else:
         gated = activation(project(layer, "mlp.gate", normed)) * project(layer, "mlp.up", normed)
-        mixed = project(layer, "mlp.down", gated)
+        mixed = project(layer, "mlp.down", columns(gated))
+    mixed = to_residual(mixed)
     x = x + site(layer, "mlp", norm("post_mlp_norm", mixed) if config.post_norms else mixed)
-    return constrain(site(layer, "block", x), "batch", "sequence", None), routing
+    return residual(site(layer, "block", x)), routing
 
 
 def run_layers(

@@ -16,7 +16,7 @@ from jaxft.models.architecture import Decoder, logical_axes
 from jaxft.models.attention import PROMPT_SEGMENT
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import rms_norm, run_layers
-from jaxft.models.sharding import constrain, mesh_axes, spec_of
+from jaxft.models.sharding import constrain, from_residual, mesh_axes, residual, spec_of
 from jaxft.weights import (
     RowSplit,
     Tree,
@@ -106,7 +106,7 @@ class LanguageModel:
         x = self._scaled(_look_up(tokens, params["embed"]["embedding"]).astype(dtype))
         # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.
         x = constrain(x, "replicas", "sequence", "embed")
-        x = _exchange(site(params, "embed", x))
+        x = residual(_exchange(site(params, "embed", x)))
         prompt = prompt_embeddings(params)
         length = 0 if prompt is None else prompt.shape[0]
         positions = positions + length
@@ -116,8 +116,8 @@ class LanguageModel:
         x, cache, routed = run_layers(
             config, params["layers"], x, positions, segment_ids, remat=remat, implementation=attention, cache=cache
         )
+        x = from_residual(site(params, "final_norm", rms_norm(x, params["final_norm"], config)))
         x = x if cache is not None else x[:, length:]
-        x = site(params, "final_norm", rms_norm(x, params["final_norm"], config))
         if routing:
             return x, routed
         return x if cache is None else (x, cache)

@@ -2,6 +2,11 @@
 
 The mesh axes are those of `jaxft.distributed`: the batch is cut over `data`, `expert` and `fsdp`, positions over
 `sequence`, heads over `tensor`. An axis that does not divide a dimension is left out, so that a batch of one row runs.
+
+In the residual stream, where there are no heads, `tensor` cuts positions, too ("Reducing Activation Recomputation in
+Large Transformer Models", Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2.2): each device holds,
+normalises and adds up its part of them. They are gathered for the projections whose outputs `tensor` divides, and the
+sums of the projections whose inputs it divides are scattered.
 """
 
 import math
@@ -16,6 +21,7 @@ from jaxft.weights.reduction import BATCH_AXES
 MESH_AXES = {
     "batch": BATCH_AXES,
     "sequence": ("sequence",),
+    "residual": ("sequence", "tensor"),  # positions between the projections of a layer
     "heads": ("tensor",),
     "replicas": ("data", "expert"),  # the batch, where `fsdp` divides the width instead
     "embed": ("fsdp",),
@@ -44,6 +50,57 @@ def constrain(x: Float[Array, "..."], *names: str | None) -> Float[Array, "..."]
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
     return jax.lax.with_sharding_constraint(x, spec_of(x.shape, names))
+
+
+def columns(x: Float[Array, "batch seq columns ..."]) -> Float[Array, "batch seq columns ..."]:
+    """`x`, between projections whose outputs and inputs `tensor` divides, with its heads or channels divided so."""
+    if mesh_axes("heads", x.shape[2]) is None:
+        return x
+    return constrain(x, "batch", "sequence", "heads", *[None] * (x.ndim - 3))
+
+
+def residual(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+    """`x` laid out as the residual stream is."""
+    return constrain(x, "batch", "residual" if mesh_axes("residual", x.shape[1]) else "sequence", None)
+
+
+def from_residual(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+    """What projections read of the residual stream: gathered over `tensor`, and the gradient is scattered."""
+    return _gathered(x) if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1 else x
+
+
+def to_residual(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+    """What projections add to the residual stream: scattered over `tensor`, and the gradient is gathered."""
+    return _scattered(x) if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1 else x
+
+
+# A constraint holds for the gradient as well: a sum over `tensor` would be made on all its devices, and then cut.
+
+
+def _whole(x: Array) -> Array:
+    return constrain(x, "batch", "sequence", None)
+
+
+@jax.custom_vjp
+def _gathered(x: Array) -> Array:
+    return _whole(x)
+
+
+@jax.custom_vjp
+def _scattered(x: Array) -> Array:
+    return residual(x)
+
+
+def _gathered_backward(_: None, g: Array) -> tuple[Array]:
+    # Where axes other than these two divide tokens, XLA takes one for another, and gathers positions or matrices: it is
+    # told of the sum first, and makes one collective of both. Otherwise it sums while it multiplies.
+    size = jax.sharding.get_abstract_mesh().shape
+    is_plain = all(count == 1 for axis, count in size.items() if axis not in ("fsdp", "tensor"))
+    return (residual(g if is_plain else _whole(g)),)
+
+
+_gathered.defvjp(lambda x: (_whole(x), None), _gathered_backward)
+_scattered.defvjp(lambda x: (residual(x), None), lambda _, g: (_whole(g),))
 
 
 def platform() -> str:

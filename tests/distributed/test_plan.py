@@ -469,6 +469,38 @@ GEMMA = {
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("name", "where", "axes"),
+    [
+        ("full", "v5e:2x2", {"fsdp": 2, "tensor": 2}),
+        ("lora", "v5e:4x4", {"data": 2, "fsdp": 4, "tensor": 2}),
+        ("full", "v5e:2x4", {"fsdp": 2, "sequence": 2, "tensor": 2}),
+    ],
+)
+def test_chips_that_divide_heads_divide_positions_between_projections(name, where, axes, directory, quick_compiler):
+    """Of the inputs of layers, which are kept, each holds its positions; what projections add is scattered and not
+    summed everywhere; and no product is made twice, whichever axes are of one size."""
+    rows, seq, model = 16, 512, load_model(directory)
+    settings = ("model.attention=splash", f"data.seq_len={seq}", f"data.batch_size={rows}")
+
+    def compiled(axes):
+        wanted = config(directory, f"{{name: {name}}}", *settings, *(f"mesh.{a}={size}" for a, size in axes.items()))
+        mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology(where)))
+        text = compile_step(wanted, model, mesh).step.as_text()
+        attention = attention_kernels(model.config, rows, seq, mesh)
+        return text, hlo.costs(hlo.parse(text), kernels=attention)
+
+    text, found = compiled(axes)
+    held = (rows // (axes.get("data", 1) * axes["fsdp"]), seq // (axes.get("sequence", 1) * axes["tensor"]), DIM)
+    kept = ",".join(map(str, (LAYERS, *held)))
+    assert re.search(rf"bf16\[{kept}\]\S* dynamic-update-slice", text)
+    whole = sides((held[0], axes["tensor"] * held[1], DIM))
+    assert whole not in {sides(dims) for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result}
+    _, undivided = compiled(axes | {"fsdp": 2 * axes["fsdp"], "tensor": 1})
+    assert found.flops < 1.03 * undivided.flops
+
+
+@needs_compiler
 def test_layers_of_two_kinds_are_one_scan_with_a_kernel_of_each(directory, tmp_path, quick_compiler):
     """Each kernel is in a branch that half of the layers take: their counts add up to one a layer."""
     (tmp_path / "config.json").write_text(json.dumps(json.loads((directory / "config.json").read_text()) | GEMMA))
@@ -762,7 +794,8 @@ def shape_for(name, directory, tmp_path):
 
 
 def method_config(directory, text):
-    overrides = ("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1", "model.attention=xla")
+    # Half of so many positions, which a chip holds of a row, is no side of a matrix.
+    overrides = ("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1", "model.attention=xla", "data.seq_len=160")
     found = config(directory, text, *overrides)
     other = EvaluationSetConfig(path="other.jsonl")  # for those that compare data sets: never read
     return found.model_copy(update={"evaluation": found.evaluation.model_copy(update={"sets": {"other": other}})})
