@@ -85,7 +85,7 @@ def _observe(x: Array, energy: Array) -> Array:
 
 
 def _observe_forward(x: Array, energy: Array) -> tuple[Array, Array]:
-    return x, jnp.sum(jnp.square(x.astype(energy.dtype)).reshape(-1, x.shape[-1]), axis=0)
+    return x, jnp.sum(jnp.square(x.astype(energy.dtype)), axis=tuple(range(x.ndim - 1)))
 
 
 def _observe_backward(squares: Array, g: Array) -> tuple[Array, Array]:

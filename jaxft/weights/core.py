@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxft.weights.memory import fetch
-from jaxft.weights.reduction import scattered_matmul, stages_for
+from jaxft.weights.reduction import as_rows, scattered_matmul, stages_for
 
 Weight = Any  # an Array or a Node
 Tree = Any
@@ -102,16 +102,6 @@ def linear_rule(w: Weight, x: Float[Array, "... d_in"]) -> Float[Array, "... d_o
     if stages := stages_for(x):
         return scattered_matmul(x, w, stages)
     return jnp.matmul(as_rows(x), w).reshape(*x.shape[:-1], w.shape[-1])
-
-
-def as_rows(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
-    """`x` as a matrix, where one device holds all of it.
-
-    The gradient of a weight sums over all leading axes. Over one axis that is one matrix product; over several XLA
-    first transposes an operand, which on a CPU takes longer than the product. On a larger mesh the axes stay apart:
-    merging two that are both divided would gather them.
-    """
-    return x.reshape(-1, x.shape[-1]) if x.ndim > 2 and jax.sharding.get_abstract_mesh().size <= 1 else x
 
 
 def linear(x: Float[Array, "... d_in"], w: Weight) -> Float[Array, "... d_out"]:

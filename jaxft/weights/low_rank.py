@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 from jaxft.weights.core import (
     Node,
     Weight,
-    as_rows,
     divided_too,
     embed,
     embed_rule,
@@ -25,6 +24,7 @@ from jaxft.weights.core import (
     unembed_rule,
 )
 from jaxft.weights.ragged import Axes, ragged_linear, ragged_linear_rule
+from jaxft.weights.reduction import as_rows
 from jaxft.weights.training import in_training_rule
 
 

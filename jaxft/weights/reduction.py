@@ -123,12 +123,24 @@ def divided_gradient(
     return found if stages is None else lax.with_sharding_constraint(found, PartitionSpec("fsdp"))
 
 
+def as_rows(x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
+    """`x` as a matrix, where one device holds all of it.
+
+    The gradient of a weight sums over all leading axes. Over one axis that is one matrix product; over several XLA
+    first transposes an operand, which on a CPU takes longer than the product. On a larger mesh the axes stay apart:
+    merging two that are both divided would gather them.
+    """
+    return x.reshape(-1, x.shape[-1]) if x.ndim > 2 and jax.sharding.get_abstract_mesh().size <= 1 else x
+
+
 def weight_gradient(
     x: Float[Array, "*rows d_in"], g: Float[Array, "*rows d_out"], stages: Stages = ()
 ) -> Float[Array, "d_in d_out"]:
     """`x.T @ g` summed over all rows; with `stages` its rows are divided over `fsdp`."""
     if not stages:
-        return jnp.matmul(x.reshape(-1, x.shape[-1]).T, g.reshape(-1, g.shape[-1]))
+        x, g = as_rows(x), as_rows(g)
+        tokens = tuple(range(x.ndim - 1))
+        return lax.dot_general(x, g, ((tokens, tokens), ((), ())))
     others = tuple(a for a in ("data", "expert", "sequence") if jax.sharding.get_abstract_mesh().shape[a] > 1)
 
     def local(x: Array, g: Array) -> Array:

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 from jaxft.weights.core import (
     Node,
     Weight,
-    as_rows,
     divided_too,
     linear_rule,
     materialize,
@@ -30,6 +29,7 @@ from jaxft.weights.ragged import (
     ragged_matmul,
     ragged_outer,
 )
+from jaxft.weights.reduction import as_rows, weight_gradient
 
 SOME_EXPERTS = "some_experts"  # in the names of operations: products of the rows of those experts that train
 
@@ -87,8 +87,7 @@ def _row_backward(axis: int, residuals: tuple[Array, ...], g: Array) -> tuple[Ar
     dx = jnp.matmul(g, _replace(base, rows, index, axis).T)
     if axis == -1:
         g = jnp.take(g, index, axis=-1, mode="fill", fill_value=0)
-    drows = jnp.matmul(kept.reshape(-1, kept.shape[-1]).T, g.reshape(-1, g.shape[-1]))
-    return dx, None, drows.astype(rows.dtype), None
+    return dx, None, weight_gradient(kept, g).astype(rows.dtype), None
 
 
 _row_matmul.defvjp(_row_forward, _row_backward)

@@ -104,8 +104,8 @@ def _tally(x: Array, mass: Array, count: Array) -> Array:
 
 
 def _tally_forward(x: Array, mass: Array, count: Array) -> tuple[Array, tuple[Array, Array]]:
-    rows = x.reshape(-1, x.shape[-1])
-    return x, (jnp.sum(rows.astype(mass.dtype), 0), jnp.sum(rows != 0, 0, dtype=count.dtype))
+    tokens = tuple(range(x.ndim - 1))
+    return x, (jnp.sum(x.astype(mass.dtype), tokens), jnp.sum(x != 0, tokens, dtype=count.dtype))
 
 
 def _tally_backward(sums: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:

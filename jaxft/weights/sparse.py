@@ -24,7 +24,7 @@ from jaxft.weights.core import (
 )
 from jaxft.weights.packed import Packed
 from jaxft.weights.ragged import Axes, ragged_input_gradient, ragged_linear_rule, ragged_matmul, ragged_outer
-from jaxft.weights.reduction import Stages, divided_gradient, division, gathered
+from jaxft.weights.reduction import Stages, as_rows, divided_gradient, division, gathered
 
 
 @node
@@ -317,11 +317,10 @@ def _block_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array | Non
     p, q = blocks.shape[-2:]
     columns = base.shape[1] // q
     dx = jnp.matmul(g, _replace_blocks(base, blocks, index).T)
-    x = x.reshape(-1, x.shape[-1] // p, p)
-    g = g.reshape(-1, columns, q)
-    xs = jnp.take(x, index // columns, axis=1, mode="fill", fill_value=0)
-    gs = jnp.take(g, index % columns, axis=1)
-    return dx, None, jnp.einsum("tmp,tmq->mpq", xs, gs).astype(blocks.dtype), None
+    x, g = (rows.reshape(*rows.shape[:-1], -1, side) for rows, side in ((as_rows(x), p), (as_rows(g), q)))
+    xs = jnp.take(x, index // columns, axis=-2, mode="fill", fill_value=0)
+    gs = jnp.take(g, index % columns, axis=-2)
+    return dx, None, jnp.einsum("...mp,...mq->mpq", xs, gs).astype(blocks.dtype), None
 
 
 _block_matmul.defvjp(_block_forward, _block_backward)

@@ -474,7 +474,7 @@ GEMMA = {
     [
         ("full", "v5e:2x2", {"fsdp": 2, "tensor": 2}),
         ("lora", "v5e:4x4", {"data": 2, "fsdp": 4, "tensor": 2}),
-        ("full", "v5e:2x4", {"fsdp": 2, "sequence": 2, "tensor": 2}),
+        ("hft", "v5e:2x4", {"fsdp": 2, "sequence": 2, "tensor": 2}),
     ],
 )
 def test_chips_that_divide_heads_divide_positions_between_projections(name, where, axes, directory, quick_compiler):

@@ -1,6 +1,8 @@
 """Weight gradients summed in stages over a mesh: the sums that XLA makes, as reduce-scatters, where they are used."""
 
 import functools
+import math
+import re
 import types
 
 import jax
@@ -11,7 +13,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.distributed import MeshConfig, make_mesh
 from jaxft.distributed.mesh import torus_stages
-from jaxft.weights import Axes, SparseDelta, linear, ragged_linear, reduction, split_layers
+from jaxft.weights import (
+    Axes,
+    BlockSplit,
+    RowSplit,
+    SparseDelta,
+    layer_slice,
+    linear,
+    ragged_linear,
+    reduction,
+    split_layers,
+)
 from jaxft.weights.core import scan_layers
 from jaxft.weights.ragged import UNDIVIDED
 from jaxft.weights.reduction import (
@@ -252,3 +264,34 @@ def test_stages_are_the_sides_of_the_torus():
     assert torus_stages(devices([(x, y if x % 2 == 0 else 15 - y, 0) for x in range(4) for y in range(16)])) == ()
     assert torus_stages(devices([(2 * x, y, 0) for x in range(4) for y in range(16)])) == (), "no neighbours"
     assert torus_stages(make_mesh(MeshConfig(fsdp=8))) == (), "a CPU has no coordinates"
+
+
+def of_two_layers():
+    return layer_slice(split_layers(jnp.ones((2, DIM, 2 * DIM)), jnp.array([True, False]), 1), 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "trained"),
+    [
+        (lambda: jnp.ones((DIM, 2 * DIM)), lambda w: w),
+        (of_two_layers, lambda w: w.trainable),
+        (lambda: RowSplit(jnp.ones((DIM, 2 * DIM)), jnp.ones((4, 2 * DIM)), jnp.arange(4), -2), lambda w: w.rows),
+        (lambda: BlockSplit(jnp.ones((DIM, 2 * DIM)), jnp.ones((4, 4, 4)), jnp.arange(4)), lambda w: w.blocks),
+    ],
+)
+def test_the_gradient_of_a_weight_moves_no_tokens(make, trained):
+    """Rows and positions that lie over different axes stay where they are: each device sums over its own."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
+    layouts = ("fsdp", "sequence"), ("fsdp", "sequence", "tensor")
+    x, g = (
+        jax.ShapeDtypeStruct((8, 64, d), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*layout)))
+        for d, layout in zip((DIM, 2 * DIM), layouts, strict=True)
+    )
+
+    def gradient(w, x, g):
+        return trained(jax.vjp(lambda w: linear(x, w), w)[1](g)[0])
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradient).lower(make(), x, g).compile().as_text()
+    moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)
+    assert not [dims for dims in moved if math.prod(map(int, dims.split(","))) >= 8 * 64 * 4], moved
