@@ -27,7 +27,7 @@ from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyErro
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model
 from jaxft.methods import build
-from jaxft.models.attention import computed_pairs, parse_implementation, tiling
+from jaxft.models.attention import computed_pairs, key_copies, parse_implementation, tiling
 from jaxft.models.expert_parallel import SPARE
 from jaxft.models.mixture import is_gated_before_down
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
@@ -325,6 +325,11 @@ def read_plan(
     held = sum(memory.values())
     if told := compiler_options(mesh, config.training.compiler_options, ahead=fetches_ahead(config)):
         notes += ("compiler options: " + ", ".join(f"{name}={value}" for name, value in told.items()),)
+    if (heads := model.config.num_heads) % (tensor := mesh.shape["tensor"]):
+        notes += (
+            f"attention: {heads} heads are not divisible by mesh.tensor = {tensor}, so each of those chips computes "
+            f"all of them; nearest that divides both: {math.gcd(heads, tensor)}",
+        )
     useful = model_flops(model.config, tuned, rows, seq_len, "none")
     least = model_flops(model.config, tuned, rows, seq_len, config.model.remat)
     flops, moved, overlapped, roofline = None, {}, 0.0, None
@@ -576,7 +581,8 @@ def attention_kernels(config: Any, rows: int, seq_len: int, mesh: Mesh, attentio
     @functools.cache
     def layer(window: int | None) -> tuple[float, float]:
         """How many products of all queries with all keys a layer computes, forward and backward."""
-        cut = tiling(rows, seq_len, config.num_heads, config.num_kv_heads, config.head_dim, window, tile)
+        heads = config.num_kv_heads * key_copies(config.num_heads, config.num_kv_heads)
+        cut = tiling(rows, seq_len, config.num_heads, heads, config.head_dim, window, tile)
 
         def seen(keys: int) -> float:
             return computed_pairs(seq_len, cut.granule, keys, window) / seq_len**2

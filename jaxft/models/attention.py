@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.models.rematerialization import ATTENTION, attended
-from jaxft.models.sharding import mesh_axes, platform, spec_of
+from jaxft.models.sharding import columns, mesh_axes, platform, spec_of
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PROMPT_SEGMENT = -1  # the segment of virtual tokens: as keys they are visible to every segment
@@ -59,6 +59,8 @@ def attention(
     asked = implementation
     implementation, tile = parse_implementation(asked)
     is_self = key_positions is None
+    if is_self and (copies := key_copies(q.shape[2], k.shape[2])) > 1:
+        k, v = (columns(repeat(x, "batch keys heads dim -> batch keys (heads n) dim", n=copies)) for x in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     obstacle = functools.partial(
         _obstacle, q=q, k=k, is_self=is_self, causal=causal, softcap=softcap, sliding_window=sliding_window, tile=tile
@@ -94,6 +96,14 @@ def attention(
             implementation="cudnn",
         )
     return _xla(q, k, v, mask, scale, softcap)
+
+
+def key_copies(num_heads: int, num_kv_heads: int) -> int:
+    """How often keys and values are repeated so that the heads of queries that a device has, where `tensor` divides
+    these, read heads it has, too: else every device would compute the attention of all heads."""
+    shards = _shards("heads", num_heads)
+    copies = math.lcm(num_kv_heads, shards) // num_kv_heads
+    return copies if num_heads % (copies * num_kv_heads) == 0 else 1
 
 
 def parse_implementation(text: str) -> tuple[str, tuple[int, int] | None]:

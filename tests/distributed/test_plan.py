@@ -177,6 +177,7 @@ def pallas_calls(jaxpr, times=1):
         (1152, None, 4, 2, {}, "splash", {}, 7),  # 9 x 128
         (2048, None, 8, 2, {"fsdp": 2, "tensor": 2, "sequence": 2}, "splash", {}, 7),  # zigzag
         (2048, 300, 8, 2, {"tensor": 2, "sequence": 2}, "splash", {}, 7),
+        (2048, None, 8, 2, {"fsdp": 2, "tensor": 4}, "splash", {}, 7),  # keys and values are repeated
         (2048, 300, 4, 1, {"sequence": 2}, "splash", {"_PARTIAL": 10**6}, 9),  # two kernels backward
         # Larger blocks of keys, one head after the other.
         (2048, None, 8, 2, {}, "splash", {"_PARTIAL_BYTES": 2**21}, 7),
@@ -207,6 +208,7 @@ def test_attention_is_counted_by_the_blocks_that_its_kernels_do_not_skip(
     counted = sum(count(call, operands) * times for call, operands, times in pallas_calls(jaxpr))
 
     given, plain = made[0], splash_attention.CausalMask(made[0]["mask"].shape[1:])
+    masks = len(given["mask"].masks)
     if window is not None:
         plain = splash_attention.LocalMask(plain.shape, (window - 1, 0), 0)
     plain.q_sequence = given["mask"].masks[0].q_sequence
@@ -215,7 +217,7 @@ def test_attention_is_counted_by_the_blocks_that_its_kernels_do_not_skip(
     for info, other, area, times in zip(
         *(
             (kernel.fwd_mask_info, kernel.dkv_mask_info, kernel.dq_mask_info)
-            for kernel in (make(**given), make(**given | {"mask": splash_attention.MultiHeadMask([plain] * kv_heads)}))
+            for kernel in (make(**given), make(**given | {"mask": splash_attention.MultiHeadMask([plain] * masks)}))
         ),
         (
             blocks.block_q * blocks.block_kv,
@@ -228,7 +230,7 @@ def test_attention_is_counted_by_the_blocks_that_its_kernels_do_not_skip(
         if times:
             assert all(np.array_equal(a, b) for a, b in zip(info[:3], other[:3], strict=True) if a is not None)
             computed += 2 * times * dim * area * (np.asarray(info.block_mask[0]) > 0).sum()
-    assert counted == pytest.approx(computed * kv_heads * rows / math.prod(sizes.values()), rel=1e-12)
+    assert counted == pytest.approx(computed * masks * rows / math.prod(sizes.values()), rel=1e-12)
     assert products == (7 if blocks.use_fused_bwd_kernel else 9)
 
 
@@ -498,6 +500,18 @@ def test_chips_that_divide_heads_divide_positions_between_projections(name, wher
     assert whole not in {sides(dims) for c in found.collectives if c.kind == "all-reduce" for _, dims in c.result}
     _, undivided = compiled(axes | {"fsdp": 2 * axes["fsdp"], "tensor": 1})
     assert found.flops < 1.03 * undivided.flops
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("tensor", "expected"), [(4, ["attention: 6 heads are not divisible by mesh.tensor = 4"]), (2, [])]
+)
+def test_heads_that_do_not_divide_are_named(tensor, expected, directory, quick_compiler):
+    where, model = parse_topology("v5e:2x2"), load_model(directory)
+    wanted = config(directory, "{name: bitfit}", "model.attention=xla", f"mesh.tensor={tensor}")
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(where))
+    notes = read_plan(wanted, model, where, mesh, compile_step(wanted, model, mesh)).notes
+    assert [note.split(",")[0] for note in notes if note.startswith("attention")] == expected
 
 
 @needs_compiler

@@ -1,5 +1,6 @@
 """Every implementation of attention computes the same function."""
 
+import re
 import sys
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxft.errors import JaxftError
 from jaxft.models.attention import (
@@ -166,6 +167,31 @@ def test_splash_reads_each_key_and_value_head_once_for_its_group():
     queries, keys = (2, 2, 4 * 128, 32), (2, 2, 128, 32)
     assert (forward.count(queries), forward.count(keys)) == (1, 2)  # keys and values
     assert (backward.count(queries), backward.count(keys)) == (2, 2)  # and the gradient of the result
+
+
+@pytest.mark.parametrize(("tensor", "shares"), [(4, 4), (3, 1)])
+@pytest.mark.parametrize("implementation", ["splash", "xla"])
+def test_few_keys_are_repeated_where_many_devices_share_the_queries(implementation, tensor, shares):
+    """Each device computes the attention of its own query heads only, or of all where these do not divide."""
+    q, k, v = inputs(seq=256, heads=8, kv_heads=2)
+    segments = packed(2, 256)
+    real = (segments > 0)[:, :, None, None]
+    mesh = jax.make_mesh((tensor,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:tensor])
+    layout = NamedSharding(mesh, PartitionSpec(None, None, None, "tensor" if tensor == 4 else None))  # of projections
+
+    def loss(q, k, v):
+        given = {"positions": positions_of(segments), "segment_ids": segments}
+        return jnp.sum(jnp.sin(attention(q, k, v, **given, implementation=implementation)) * real)
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    expected = step(q, k, v)
+    with jax.set_mesh(mesh):
+        arguments = jax.device_put((q, k, v), layout)
+        found, text = step(*arguments), step.lower(*arguments).compile().as_text()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+    whole = re.findall(r"f32\[2,(?:8|2,4),256,256\]", text)
+    assert implementation == "splash" or bool(whole) == (shares == 1), "scores of all heads"
 
 
 @pytest.mark.parametrize(("seq", "sliding_window", "heads"), [(512, None, 2), (256, 100, 2), (1024, None, 8)])
