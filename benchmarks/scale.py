@@ -32,6 +32,7 @@ KEPT = "model.remat=attention"
 LONG = ("data.seq_len=131072", "data.batch_size=8", "mesh=auto")
 
 # name: (configuration, topology, overrides, the most GiB a chip it should need)
+LARGEST = ("model.path=preset:llama3.1-405b", "data.batch_size=512", "data.seq_len=8192", "mesh={fsdp: 256, tensor: 8}")
 ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     "8b full": ("llama3.1-8b-full", "v5e:4x4", (), 6.0),
     "8b hft": ("llama3.1-8b-hft", "v5e:4x4", (), 4.3),
@@ -67,6 +68,10 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     "qwen3 30b-a3b lora, attention kept": ("llama3.1-8b-lora", "v5e:8x8", (*EXPERTS, KEPT), None),
     "8b lora, rows of 131,072": ("llama3.1-8b-lora", "v5p:4x4x4", LONG, None),
     "8b lora, rows of 131,072, attention kept": ("llama3.1-8b-lora", "v5p:4x4x4", (*LONG, KEPT), None),
+    "8b full, tensor 4": ("llama3.1-8b-full", "v5e:4x4", ("mesh={fsdp: 4, tensor: 4}",), None),
+    "8b lora, tensor 4": ("llama3.1-8b-lora", "v5e:4x4", ("mesh={fsdp: 4, tensor: 4}",), None),
+    "70b full, tensor 4": ("llama3.1-70b-full", "v5p:4x8x8", ("mesh={fsdp: 64, tensor: 4}",), None),
+    "405b full, tensor 8": ("llama3.1-70b-full", "v5p:8x16x16", LARGEST, None),
     "70b hft, 16 slices": (
         "llama3.1-70b-hft", "16*v5e:16x16", ("mesh.data=16", "mesh.dcn=16", "data.batch_size=4096"), None,
     ),
@@ -141,7 +146,8 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
   positions by 256 keys where heads share keys and of 512 x 512 elsewhere, of which the diagonal ones are half masked;
   that weighs most in small models and in mixtures of experts. *small tiles*: `model.attention=splash:128x128`
   ([Tiles of attention](planning.md#tiles-of-attention)); *attention kept*: `model.remat=attention`
-  ([What is recomputed](planning.md#what-is-recomputed)).
+  ([What is recomputed](planning.md#what-is-recomputed)); *tensor*: heads and columns divided over so many chips, FSDP
+  over the rest.
 - **sent**: GiB one chip sends a step; *hidden*: the part of it that runs beside matrix products.
 - **best**: roofline, every unit at its peak: milliseconds a step and model FLOPs utilisation. A bound, no forecast.
 - **compile**: seconds on the machine of that day, and of CPU time. Another one of two cores took three times as long.
