@@ -30,9 +30,9 @@ EXPERTS = ("model.path=preset:qwen3-30b-a3b", "data.batch_size=64", "mesh=auto")
 TILES = "model.attention=splash:128x128"
 KEPT = "model.remat=attention"
 LONG = ("data.seq_len=131072", "data.batch_size=8", "mesh=auto")
+LARGEST = ("model.path=preset:llama3.1-405b", "data.batch_size=512", "data.seq_len=8192", "mesh={fsdp: 256, tensor: 8}")
 
 # name: (configuration, topology, overrides, the most GiB a chip it should need)
-LARGEST = ("model.path=preset:llama3.1-405b", "data.batch_size=512", "data.seq_len=8192", "mesh={fsdp: 256, tensor: 8}")
 ROWS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     "8b full": ("llama3.1-8b-full", "v5e:4x4", (), 6.0),
     "8b hft": ("llama3.1-8b-hft", "v5e:4x4", (), 4.3),

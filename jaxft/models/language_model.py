@@ -1,7 +1,6 @@
 """A language model: tokens to hidden states to scores. A batch flows `embed -> layers -> final_norm -> logits`."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from jaxft.models.architecture import Decoder, logical_axes
 from jaxft.models.attention import PROMPT_SEGMENT
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import rms_norm, run_layers
-from jaxft.models.sharding import constrain, from_residual, mesh_axes, residual, spec_of
+from jaxft.models.sharding import constrain, from_residual, mesh_axes, moved, residual, spec_of
 from jaxft.weights import (
     RowSplit,
     Tree,
@@ -106,7 +105,7 @@ class LanguageModel:
         x = self._scaled(_look_up(tokens, params["embed"]["embedding"]).astype(dtype))
         # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.
         x = constrain(x, "replicas", "sequence", "embed")
-        x = residual(_exchange(site(params, "embed", x)))
+        x = residual(_exchange(site(params, "embed", x)))  # in two steps: in one XLA gathers the activations of all
         prompt = prompt_embeddings(params)
         length = 0 if prompt is None else prompt.shape[0]
         positions = positions + length
@@ -163,8 +162,8 @@ class LanguageModel:
         whole = None if "parted" in params else head["kernel"] if head else params["embed"]["embedding"]
         is_array = whole is not None and not is_node(whole)
         stages = stages_for(hidden) if is_array and mesh_axes("vocab", self.config.vocab_size) == ("fsdp",) else ()
-        if divided and not stages:
-            hidden = _to_head(hidden, layout)
+        if divided and not stages:  # the gradient goes back divided as the batch is
+            hidden = moved(hidden, (*layout, None), ("batch", *layout[1:], None))
         with scattered_in(None):  # over `fsdp` lie the columns of a head, not its rows
             if whole is None:
                 table, rows = params["parted"]
@@ -236,19 +235,6 @@ def _exchange(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]
         return constrain(x, "batch", "sequence", None)
     layouts = (("replicas", "sequence", "embed"), ("batch", "sequence", None))
     return exchanged(x, stages, *(spec_of(x.shape, names) for names in layouts))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _to_head(hidden: Float[Array, "... dim"], layout: tuple[str | None, ...]) -> Float[Array, "... dim"]:
-    """`hidden` in `layout`. Its gradient goes back divided as the batch is: it is scattered, not summed everywhere."""
-    return constrain(hidden, *layout, None)
-
-
-def _to_head_backward(layout: tuple[str | None, ...], _: None, g: Array) -> tuple[Array]:
-    return (constrain(g, "batch", *layout[1:], None),)
-
-
-_to_head.defvjp(lambda hidden, layout: (_to_head(hidden, layout), None), _to_head_backward)
 
 
 def _prepend(prompt: Array, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Array, Array]:

@@ -9,6 +9,7 @@ normalises and adds up its part of them. They are gathered for the projections w
 sums of the projections whose inputs it divides are scattered.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -59,48 +60,44 @@ def columns(x: Float[Array, "batch seq columns ..."]) -> Float[Array, "batch seq
     return constrain(x, "batch", "sequence", "heads", *[None] * (x.ndim - 3))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def moved(x: Float[Array, "..."], names: Sequence[str | None], back: Sequence[str | None]) -> Float[Array, "..."]:
+    """`x` in the layout `names`, its gradient in the layout `back`. That of `constrain` has the layout of the value:
+    what is a sum over many devices would be summed on all of them, and then cut."""
+    return constrain(x, *names)
+
+
+moved.defvjp(lambda x, names, back: (moved(x, names, back), None), lambda names, back, _, g: (constrain(g, *back),))
+
+_WHOLE = ("batch", "sequence", None)
+
+
+def _residual_layout(seq: int) -> tuple[str | None, ...]:
+    return ("batch", "residual", None) if mesh_axes("residual", seq) else _WHOLE
+
+
 def residual(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
     """`x` laid out as the residual stream is."""
-    return constrain(x, "batch", "residual" if mesh_axes("residual", x.shape[1]) else "sequence", None)
+    return constrain(x, *_residual_layout(x.shape[1]))
 
 
 def from_residual(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
     """What projections read of the residual stream: gathered over `tensor`, and the gradient is scattered."""
-    return _gathered(x) if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1 else x
+    size = jax.sharding.get_abstract_mesh().shape
+    if size.get("tensor", 1) == 1:
+        return x
+    x = moved(x, _WHOLE, _residual_layout(x.shape[1]))
+    # Where axes other than these two divide tokens, XLA takes one for another, and gathers positions or matrices: it is
+    # told of the sum first, and makes one collective of both. Otherwise it sums while it multiplies.
+    is_plain = all(count == 1 for axis, count in size.items() if axis not in ("fsdp", "tensor"))
+    return x if is_plain else constrain(x, *_WHOLE)
 
 
 def to_residual(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
     """What projections add to the residual stream: scattered over `tensor`, and the gradient is gathered."""
-    return _scattered(x) if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1 else x
-
-
-# A constraint holds for the gradient as well: a sum over `tensor` would be made on all its devices, and then cut.
-
-
-def _whole(x: Array) -> Array:
-    return constrain(x, "batch", "sequence", None)
-
-
-@jax.custom_vjp
-def _gathered(x: Array) -> Array:
-    return _whole(x)
-
-
-@jax.custom_vjp
-def _scattered(x: Array) -> Array:
-    return residual(x)
-
-
-def _gathered_backward(_: None, g: Array) -> tuple[Array]:
-    # Where axes other than these two divide tokens, XLA takes one for another, and gathers positions or matrices: it is
-    # told of the sum first, and makes one collective of both. Otherwise it sums while it multiplies.
-    size = jax.sharding.get_abstract_mesh().shape
-    is_plain = all(count == 1 for axis, count in size.items() if axis not in ("fsdp", "tensor"))
-    return (residual(g if is_plain else _whole(g)),)
-
-
-_gathered.defvjp(lambda x: (_whole(x), None), _gathered_backward)
-_scattered.defvjp(lambda x: (residual(x), None), lambda _, g: (_whole(g),))
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
+        return x
+    return moved(x, _residual_layout(x.shape[1]), _WHOLE)
 
 
 def platform() -> str:

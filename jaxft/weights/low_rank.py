@@ -24,7 +24,7 @@ from jaxft.weights.core import (
     unembed_rule,
 )
 from jaxft.weights.ragged import Axes, ragged_linear, ragged_linear_rule
-from jaxft.weights.reduction import as_rows
+from jaxft.weights.reduction import as_rows, weight_gradient
 from jaxft.weights.training import in_training_rule
 
 
@@ -94,10 +94,7 @@ def _narrow_forward(x: Array, a: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _narrow_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, a = residuals
-    rows, g_rows = as_rows(x), as_rows(g)
-    tokens = tuple(range(rows.ndim - 1))
-    turned = jax.lax.dot_general(g_rows, rows, ((tokens, tokens), ((), ())))
-    return jnp.matmul(g_rows, a.T).reshape(x.shape), jax.lax.optimization_barrier(turned).T
+    return jnp.matmul(as_rows(g), a.T).reshape(x.shape), jax.lax.optimization_barrier(weight_gradient(g, x)).T
 
 
 _narrow.defvjp(_narrow_forward, _narrow_backward)
