@@ -1,24 +1,32 @@
-"""The linear cross-entropy of jaxft beside tokamax's kernel, compiled for one TPU chip, without a TPU.
+"""The linear cross-entropy of jaxft beside tokamax's: compiled for one TPU chip, without a TPU, or timed on a device.
 
-    pip install --target /tmp/tokamax tokamax        # not a dependency: its newest version may want another jax
+    # not a dependency: its newest version may want another jax
+    pip install --no-deps --target /tmp/tokamax tokamax immutabledict einshape qwix tensorboardx typeguard==2.13.3
     PYTHONPATH=/tmp/tokamax python benchmarks/loss.py [--topology v5e:1x1] [--tokens 2048 8192]
+    PYTHONPATH=/tmp/tokamax python benchmarks/loss.py --here         # times them on the first device of this machine
 
-Without tokamax it prints jaxft's rows alone and says so. Loss and gradients of Llama-3-8B's head (4096 x 128256,
+Without tokamax it prints the other rows alone and says so. Loss and gradients of Llama-3-8B's head (4096 x 128256,
 bfloat16), undivided, for so many tokens; a table in Markdown: memory of temporaries, FLOPs, bytes read and written in
 HBM, and the time of the slower of the two at the peak of the chip. Bytes of jaxft are those of the compiled program's
 instructions, bodies of loops as often as they run; those of a kernel, whose inside the compiler does not show, follow
 from its grid and blocks.
+
+With `--here` steps alternate, and the median of their times is shown. On a GPU tokamax 0.0.12 has no kernel: its public
+function forms all logits there, as does the third loss, which is what JAX makes of the definition.
 """
 
 import argparse
 import math
 import re
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft.distributed import hlo
@@ -148,14 +156,74 @@ def row(name: str, topology: Topology, tokens: int, trained: bool, step: Any, fl
     )
 
 
+# --- on the device of this machine ------------------------------------------------------------------------------------
+
+
+def whole_step(hidden: Any, head: Any, targets: Any, weights: Any, trained: bool) -> Any:
+    """All logits at once, float32 in the softmax."""
+
+    def loss(hidden: Any, head: Any) -> Any:
+        logits = jnp.matmul(hidden, head).astype(jnp.float32)
+        return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    return jax.value_and_grad(loss, argnums=(0, 1) if trained else 0)(hidden, head)
+
+
+def tokamax_here(hidden: Any, head: Any, targets: Any, weights: Any, trained: bool) -> Any:
+    """tokamax's public function, which chooses for the device; every token counts."""
+    from tokamax import linear_softmax_cross_entropy_loss  # type: ignore[import-not-found]
+
+    implementation = "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
+    loss = lambda h, w: linear_softmax_cross_entropy_loss(h, targets, w, implementation=implementation)  # noqa: E731
+    return jax.value_and_grad(loss, argnums=(0, 1) if trained else 0)(hidden, head)
+
+
+def timed(tokens: int, dim: int, vocab: int, repeats: int) -> list[str]:
+    """Rows of the table: every loss, its head trained and frozen, on the first device."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (tokens, dim), jnp.bfloat16)
+    head = jax.random.normal(keys[1], (dim, vocab), jnp.bfloat16) / dim**0.5
+    arguments = hidden, head, jax.random.randint(keys[2], (tokens,), 0, vocab), jnp.ones(tokens)
+    losses = {"jaxft": partial(jaxft_step, chunks=None), "whole logits": whole_step}
+    if tokamax is not None:
+        losses["tokamax"] = tokamax_here
+    rows = []
+    for trained in (True, False):
+        steps = {name: jax.jit(partial(s, trained=trained)).lower(*arguments).compile() for name, s in losses.items()}
+        found = {name: float(jax.block_until_ready(step(*arguments))[0]) for name, step in steps.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(repeats):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                jax.block_until_ready(step(*arguments))
+                seconds[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        for name, step in steps.items():
+            rows.append(
+                f"| {name} | {tokens:,} | {'trained' if trained else 'frozen'} | {found[name] / tokens:.4f} "
+                f"| {step.memory_analysis().temp_size_in_bytes / 2**20:,.0f} | {medians[name] * 1e3:.2f} "
+                f"| {medians[name] / medians['jaxft']:.2f} |"
+            )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", nargs="+", default=["v5e:1x1", "v6e:1x1"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--chunks", type=int, help="pieces of jaxft's loss; default: its own choice")
+    parser.add_argument("--here", action="store_true", help="time them on the first device of this machine")
+    parser.add_argument("--repeats", type=int, default=20, help="timed steps of each")
     options = parser.parse_args()
     if tokamax is None:
         print(f"tokamax is not installed ({MISSING}): its rows are missing.\n")
+    if options.here:
+        print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+        print("| loss | tokens | head | loss a token | temporaries (MiB) | ms | to jaxft |")
+        print("|---|---|---|---|---|---|---|")
+        for tokens in options.tokens:
+            print("\n".join(timed(tokens, DIM, VOCAB, options.repeats)), flush=True)
+        return
     print("| loss | chip | tokens | head | temporaries (MiB) | results (MiB) | TFLOP | HBM (GB) | at best (ms) |")
     print("|---|---|---|---|---|---|---|---|---|")
     for topology in map(parse_topology, options.topology):

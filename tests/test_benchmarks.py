@@ -23,7 +23,7 @@ def bench():
     """The benchmark modules, which import one another by their bare names."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        names = ("jobs", "torch_peer", "cpu", "gpu", "peers", "peer_job", "forgetting")
+        names = ("jobs", "torch_peer", "cpu", "gpu", "loss", "peers", "peer_job", "forgetting")
         yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -94,6 +94,14 @@ def test_flops_of_a_job_come_from_shapes_alone(bench):
     preset = bench["jobs"].Job("jax", "llama3.2-1b", "full", 1, 2048)
     # 1.24 billion parameters, all in matrices (the tied table is the head): 6 FLOPs each a token, and attention.
     assert bench["jobs"].model_flops_of(preset) == pytest.approx(6 * 1.236e9 * 2048, rel=0.07)
+
+
+def test_losses_timed_on_this_device_agree(bench):
+    rows = [row.split("|")[1:-1] for row in bench["loss"].timed(24, 32, 64, repeats=2)]
+    names, heads, values = ([row[n].strip() for row in rows] for n in (0, 2, 3))
+    assert names[:2] == ["jaxft", "whole logits"] and heads.count("trained") == heads.count("frozen")
+    assert float(values[0]) == pytest.approx(float(values[1]), abs=1e-3)
+    assert all(float(row[5]) > 0 for row in rows)
 
 
 def test_ratios_are_medians_over_neighbouring_steps(bench):
