@@ -25,6 +25,7 @@ _MAX_ROWS = 1024  # of a tile
 _MAX_FUSED = 2**18  # elements of a block of keys of its fused backward kernel, for the VMEM of a v5e
 _PARTIAL = 240  # FLOPs that it does while HBM delivers two bytes: 197 TFLOP/s, of which it reaches half, by 819 GB/s
 _PARTIAL_BYTES = 2**30  # of gradients of queries by block of keys
+_NEARLY, _FEW_PARTIAL_BYTES = 1.05, 2**28  # of the least cost, and of these gradients, up to which blocks are smaller
 
 
 def attention(
@@ -396,7 +397,8 @@ def tiling(
 
     The fused backward kernel forms the scores once where two form them twice, but writes the gradient of a query once
     for every block of keys, and these are summed afterwards: its blocks are as large as makes both together cheapest,
-    and heads take turns where all these gradients would be more than `_PARTIAL_BYTES`.
+    or smaller where that costs nearly as little and needs little memory, as they compute less in vain; heads take turns
+    where all these gradients would be more than `_PARTIAL_BYTES`.
 
     With a `tile`, its positions and keys are those of all kernels.
     """
@@ -412,13 +414,21 @@ def tiling(
     def computed(keys: int) -> float:  # FLOPs of a row's product, over head_dim
         return 2 * computed_pairs(seq, granule, keys, sliding_window) / seq
 
+    def partial_bytes(size: int, heads: int) -> int:
+        return heads * head_bytes * seq // size
+
     costs: dict[tuple[int | None, int], float] = {(None, heads): 7 * computed(keys)}
     largest = keys if tile else min(seq, max(_MAX_FUSED // head_dim, keys))
     for size in range(keys, largest + 1, keys):
-        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n * head_bytes * seq // size <= _PARTIAL_BYTES]
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and partial_bytes(size, n) <= _PARTIAL_BYTES]
         if seq % size == 0 and fitting:
             costs[size, max(fitting)] = 5 * computed(size) + _PARTIAL * seq // size
-    fused_keys, heads = min(costs, key=lambda choice: costs[choice])
+    least = min(costs.values())
+    fused_keys, heads = next(  # the smallest blocks come first
+        (size, n)
+        for (size, n), cost in costs.items()
+        if cost == least or (size and cost <= _NEARLY * least and partial_bytes(size, n) <= _FEW_PARTIAL_BYTES)
+    )
     return Tiling(granule, rows, keys, fused_keys, heads)
 
 

@@ -154,6 +154,13 @@ def test_blocks_of_keys_grow_with_the_sequence_while_they_fit(seq, window, keys,
     assert (cut.granule, cut.rows, cut.keys, cut.fused_keys, cut.heads) == (256, 1024, keys, fused, heads)
 
 
+def test_blocks_of_keys_are_smaller_where_that_costs_and_needs_little():
+    """Of half as many heads the gradients by block of 256 keys take 256 MiB."""
+    few, many = tiling(1, 4096, 16, 8, 128), tiling(2, 4096, 16, 8, 128)
+    assert (few.fused_keys, few.heads) == (256, 8)
+    assert (many.fused_keys, many.heads) == (512, 8)
+
+
 def test_splash_reads_each_key_and_value_head_once_for_its_group():
     """No copy of them for each query head, forward or backward."""
     q, k, v = inputs(heads=8, kv_heads=2, dim=32)
