@@ -62,7 +62,7 @@ def model_flops_of(job: Job) -> float:
     """The least FLOPs of a step, in any framework: from shapes alone, so nothing is computed."""
     import jax
 
-    from jaxft.distributed.plan import model_flops
+    from jaxft.distributed.flops import model_flops
     from jaxft.methods import Probe
     from jaxft.models import LanguageModel
 

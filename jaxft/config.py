@@ -73,11 +73,12 @@ class ModelConfig(BaseModel):
         description="Attention implementation: auto, xla, splash or cudnn; auto: splash on TPU, cudnn on GPU, xla "
         "elsewhere. splash:128x256 computes tiles of 128 positions and 256 keys (docs/planning.md).",
     )
-    remat: Literal["none", "block", "attention", "dots", "offload"] = Field(
-        "block",
+    remat: Literal["auto", "none", "block", "attention", "dots", "offload"] = Field(
+        "auto",
         description="What the backward pass recomputes. none: nothing; dots: all but projections and attention; "
         "attention: all but attention, which pays for long rows; block: all of a layer; offload: likewise, and the "
-        "inputs of layers wait in host memory, which needs the least.",
+        "inputs of layers wait in host memory, which needs the least. auto: attention where it pays and a device has "
+        "room, block elsewhere.",
     )
     router_aux_loss: float | None = Field(
         None,

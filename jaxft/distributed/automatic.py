@@ -1,26 +1,32 @@
-"""`mesh: auto`: the axes of the mesh, chosen from model, method, batch and devices, with the reasons."""
+"""`mesh: auto` and `model.remat: auto`: the axes of the mesh and what is recomputed, chosen for a run, and why."""
 
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxft.distributed.flops import model_flops
 from jaxft.distributed.mesh import MeshConfig, MeshError, make_mesh
-from jaxft.distributed.sharding import ShardingReport
+from jaxft.distributed.sharding import ShardingReport, row_shards
 from jaxft.errors import JaxftError
 from jaxft.methods import Probe, build
 from jaxft.training.loss import Loss, language_model_loss
 from jaxft.training.optimizer import make_optimizer, make_schedule
 from jaxft.training.precision import Precision, dtype
-from jaxft.training.state import abstract_state
+from jaxft.training.state import abstract_state, tuned_of
+from jaxft.weights import Tree
+from jaxft.weights.memory import HOST_MEMORY
 from jaxft.weights.reduction import FEWEST
 
 UNKNOWN_LENGTH = 1000  # steps of a schedule whose length depends on the data; changes one constant of the program
 REPLICATED_SHARE = 0.25  # of a device's memory, up to which every device holds all parameters and moments
+WORTH_KEEPING = 0.02  # of a step's FLOPs that attention takes, from which its results are kept
 MIN_POSITIONS = 1024  # of a sequence on one device, down to which sequences are cut rather than matrices
 
 
@@ -136,8 +142,8 @@ def _expert_axis(needs: Needs, devices: int, tokens: int) -> tuple[int, tuple[st
     )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
 
 
 def resolve_mesh(
@@ -180,6 +186,70 @@ def _state_bytes(config: Any, model: Any) -> int:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held))
 
 
+def resolve_remat(config: Any, model: Any, mesh: Mesh, memory: int | None = None) -> tuple[str, tuple[str, ...]]:
+    """`config.model.remat`, or what is chosen for the run where it is `auto`, with the reason.
+
+    "attention" where computing attention again would be `WORTH_KEEPING` of the FLOPs of a step or more, and what is
+    kept of the layers leaves half of a device's `memory` for a layer at work and the loss; else "block". The compiler
+    fetches ahead of what was kept, and takes up to twice as much for it.
+
+    Args:
+        config: a checked run configuration.
+        model: its language model.
+        mesh: of the run; its devices need not be here.
+        memory: bytes of one device, where known.
+    """
+    if config.model.remat != "auto":
+        return config.model.remat, ()
+    if memory is None:
+        return "block", ("block: the memory of a device is not known",)
+    try:
+        state, frozen = abstract_run(config, model, mesh)
+    except JaxftError:
+        return "block", ("block: the method must see values before it knows its shapes",)
+    batch = config.data.batch_size, config.data.seq_len
+    kept, recomputed = (
+        model_flops(model.config, tuned_of(state, frozen), *batch, remat) for remat in ("attention", "block")
+    )
+    share = f"computing attention again would be {1 - kept / recomputed:.1%} of a step"
+    if 1 - kept / recomputed < WORTH_KEEPING:
+        return "block", (f"block: {share}",)
+    held = shard_bytes((state, state.trainable, frozen))  # the gradients are as large as what trains
+    inputs, attended = kept_bytes(config, model.config, mesh)
+    if held + 2 * (inputs + attended) > memory / 2:
+        return "block", (f"block: {share}, but its results take {_gib(attended)}, which may not fit",)
+    return "attention", (f"attention: {share}, and its results take {_gib(attended)} of {_gib(memory)}",)
+
+
+def kept_bytes(config: Any, shapes: Any, mesh: Mesh) -> tuple[float, float]:
+    """What the inputs of all layers take of a chip, and what the results of their attention (in lanes of 128)."""
+    tokens = config.data.batch_size * config.data.seq_len / config.training.accumulation
+    held = tokens / row_shards(mesh) / mesh.shape["sequence"] * shapes.num_layers
+    held *= jnp.dtype(config.model.compute_dtype).itemsize
+    lanes = -(-shapes.head_dim // 128) * 128
+    return held * shapes.hidden_size, held * shapes.num_heads * lanes / mesh.shape["tensor"]
+
+
+def shard_bytes(tree: Tree, *, host: bool = False) -> int:
+    """Bytes of the arrays of an abstract tree that one device holds, or that wait for it in host memory."""
+    total = 0
+    for a in jax.tree.leaves(tree):
+        if (a.sharding.memory_kind == HOST_MEMORY) != host:
+            continue
+        itemsize = 8 if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.dtype(a.dtype).itemsize
+        total += math.prod(a.sharding.shard_shape(a.shape)) * itemsize
+    return total
+
+
+def with_settings(config: Any, settings: Mapping[str, Any]) -> Any:
+    """A copy of a configuration with other values for some keys, `{"model.remat": "block"}`; they are not checked."""
+    for key, value in settings.items():
+        name, _, rest = key.partition(".")
+        value = with_settings(getattr(config, name), {rest: value}) if rest else value
+        config = config.model_copy(update={name: value})
+    return config
+
+
 def loss_of(config: Any, model: Any, row_shards: int = 1) -> Loss:
     """The training loss of a configuration."""
     settings = config.model
@@ -205,7 +275,8 @@ def abstract_run(config: Any, model: Any, mesh: Any, report: ShardingReport | No
         jax.random.key(config.seed),
         mesh,
         logical_axes=model.logical_axes(),
-        probe=shape_probe(loss_of(config, model), config, report),
+        # Answers have the same shapes whatever is recomputed, which may not have been chosen yet.
+        probe=shape_probe(loss_of(with_settings(config, {"model.remat": "block"}), model), config, report),
         precision=Precision(settings.param_dtype, settings.frozen_dtype, settings.compute_dtype),
         report=report,
         offload=training.offload,

@@ -43,6 +43,7 @@ from jaxft.distributed import (
     check_batch,
     data_partition,
     from_first,
+    gather,
     in_step,
     initialize,
     make_mesh,
@@ -201,7 +202,9 @@ def train(config: RunSettings, *, overwrite: bool = False) -> Report:
                 f"{run.path / 'report.md'}; to train again, set `output` to another directory or overwrite this one."
             )
             return report
-        mesh = stack.enter_context(_on(make_mesh(_axes(config))))
+        memory = _memory() if config.mesh.auto or config.model.remat == "auto" else None
+        mesh = stack.enter_context(_on(make_mesh(_axes(config, memory))))
+        config = _with_remat(config, mesh, memory)
         compiled = stack.enter_context(CompilationLog())
         stop = stack.enter_context(StopRequest())
         job = prepare(config, mesh, resolved)
@@ -209,15 +212,30 @@ def train(config: RunSettings, *, overwrite: bool = False) -> Report:
     return report
 
 
-def _axes(config: RunSettings) -> MeshConfig:
+def _memory() -> int | None:
+    """Bytes of the smallest device of all processes, where devices say so."""
+    found = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+    return min(gather("memory of devices", min(found))) or None
+
+
+def _axes(config: RunSettings, memory: int | None) -> MeshConfig:
     """The axes of the mesh; with `mesh: auto` chosen here, by every process from the same facts."""
     from jaxft.distributed.automatic import resolve_mesh  # it builds what this room holds
 
     if not config.mesh.auto:
         return config.mesh
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     model = load_model(config.model.path)
     return resolve_mesh(config, model, jax.device_count(), config.mesh.dcn, memory)[0]
+
+
+def _with_remat(config: RunSettings, mesh: Mesh, memory: int | None) -> RunSettings:
+    """The configuration with what is recomputed; with `model.remat: auto` chosen here, as the mesh is."""
+    from jaxft.distributed.automatic import resolve_remat, with_settings
+
+    if config.model.remat != "auto":
+        return config
+    found, _ = resolve_remat(config, load_model(config.model.path), mesh, memory)
+    return with_settings(config, {"model.remat": found})
 
 
 @contextlib.contextmanager
@@ -724,7 +742,7 @@ def describe(job: Job, counts: Mapping[str, int], begun: Begun) -> list[str]:
         f"{job.steps} steps = {epochs:.2f} epochs of {job.steps_per_epoch} steps; "
         f"batch {job.config.data.batch_size} x {job.config.data.seq_len}; mesh: {shape}",
         f"optimizer {job.config.training.optimizer.name}; dtypes: trained {job.precision.param_dtype}, frozen {kept}, "
-        f"computation {job.precision.compute_dtype}",
+        f"computation {job.precision.compute_dtype}; remat: {job.config.model.remat}",
     ]
     if begun.step:
         lines.append(f"resuming after step {begun.step}")

@@ -24,22 +24,25 @@ from jaxft.cli import app
 from jaxft.config import parse_config
 from jaxft.data import EvaluationSetConfig
 from jaxft.distributed import MeshConfig, MeshError, ShardingReport, hlo, make_mesh, topology
-from jaxft.distributed.automatic import TRAINS_FIRST, Needs, abstract_run, choose, resolve_mesh
-from jaxft.distributed.plan import (
-    advice,
+from jaxft.distributed.automatic import (
+    TRAINS_FIRST,
+    Needs,
+    abstract_run,
+    choose,
+    kept_bytes,
+    resolve_mesh,
+    resolve_remat,
+    shard_bytes,
+)
+from jaxft.distributed.flops import (
     attention_kernels,
-    compile_step,
     expert_rows,
-    faster,
     grouped_kernels,
     model_flops,
-    needed_bytes,
-    plan,
-    read_plan,
-    shard_bytes,
     trained_share,
     visible_pairs,
 )
+from jaxft.distributed.plan import advice, compile_step, faster, needed_bytes, plan, read_plan
 from jaxft.distributed.sharding import to_host_memory
 from jaxft.distributed.topology import TopologyError, parse_topology
 from jaxft.errors import JaxftError
@@ -87,7 +90,8 @@ def directory(tmp_path_factory):
 
 def config(directory, method="{name: full}", *overrides):
     text = f"""
-model: {{path: "{directory}", param_dtype: bfloat16, frozen_dtype: bfloat16, compute_dtype: bfloat16}}
+model:
+  {{path: "{directory}", param_dtype: bfloat16, frozen_dtype: bfloat16, compute_dtype: bfloat16, remat: block}}
 method: {method}
 data: {{sources: [{{path: data.jsonl}}], seq_len: {SEQ}, batch_size: {ROWS}}}
 training: {{steps: 10, learning_rate: 1.0e-3}}
@@ -744,6 +748,37 @@ def test_where_there_is_room_the_plan_says_what_else_to_keep(directory):
         == note(2 * held, f"data.seq_len={SEQ // 4}")
         == ()
     )
+
+
+def test_remat_auto_keeps_the_results_of_attention_where_that_pays_and_fits(directory):
+    mesh, model, length = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), load_model(directory), 16 * SEQ
+
+    def choice(memory, *overrides):
+        wanted = config(directory, "{name: lora}", f"data.seq_len={length}", "model.remat=auto", *overrides)
+        found, reasons = resolve_remat(wanted, model, mesh, memory)
+        return found, *reasons
+
+    wanted = config(directory, "{name: lora}", f"data.seq_len={length}", "model.remat=auto")
+    state, frozen = abstract_run(wanted, model, mesh)
+    kept = LAYERS * ROWS * length / 2 * 2 * (DIM + HEADS * 128)  # inputs, and heads that fill lanes of 128
+    assert kept == sum(kept_bytes(wanted, model.config, mesh))
+    needed = 2 * (shard_bytes((state, state.trainable, frozen)) + 2 * kept)
+    policy, reason = choice(needed)
+    assert policy == "attention" and "attention again would be" in reason
+    policy, reason = choice(needed - 1)
+    assert policy == "block" and "which may not fit" in reason
+    assert choice(None) == ("block", "block: the memory of a device is not known")
+    policy, reason = choice(needed, f"data.seq_len={SEQ // 4}")  # short rows: attention is little of a step
+    assert policy == "block" and reason.startswith("block: computing attention again would be 0.")
+    assert choice(needed, "model.remat=dots") == ("dots",)
+
+
+@needs_compiler
+def test_a_plan_says_what_remat_auto_chose(directory, quick_compiler):
+    found = plan(config(directory, "{name: full}", f"data.seq_len={16 * SEQ}", "model.remat=auto"), "v5e:2x2")
+    (note,) = (text for text in found.notes if text.startswith("model.remat: auto: "))
+    assert "attention: computing attention again would be" in note
+    assert found.flops_ratio < 1.15  # tiles of 256 are most of what this model computes in vain
 
 
 @needs_compiler
