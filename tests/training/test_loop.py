@@ -20,7 +20,7 @@ import yaml
 from jaxft.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
 from jaxft.errors import JaxftError
 from jaxft.hub import load_pretrained, load_tokenizer, save_pretrained
-from jaxft.training import Interrupted, read_metrics, train
+from jaxft.training import Interrupted, loop, read_metrics, train
 from jaxft.training.compilation import CompilationLog, enable_compilation_cache
 from jaxft.training.loop import save_due
 from jaxft.training.metrics import JsonLines, LoggingConfig, Meter, TensorBoard, Terminal, make_writers
@@ -288,6 +288,17 @@ def test_tokens_that_the_model_has_no_embedding_of_are_an_error(directory, tmp_p
 def test_epochs_become_steps_and_both_are_said(directory, tmp_path, capsys):
     train(tiny_config(directory, tmp_path / "run", training={"steps": None, "epochs": 0.5}, evaluation={"sets": {}}))
     assert "4 steps = 0.50 epochs of 8 steps" in capsys.readouterr().out
+
+
+def test_what_is_recomputed_is_chosen_where_the_memory_of_a_device_is_known(directory, tmp_path, capsys, monkeypatch):
+    short = {"training": {"steps": 2, "learning_rate": 1e-2}, "evaluation": {"sets": {}}}
+    reports = []
+    for memory, policy in ((None, "block"), (2**34, "attention")):
+        monkeypatch.setattr(loop, "_memory", lambda memory=memory: memory)
+        reports.append(train(tiny_config(directory, tmp_path / policy, **short)))
+        assert f"; remat: {policy}\n" in capsys.readouterr().out
+    assert reports[0].final_loss == pytest.approx(reports[1].final_loss, rel=1e-6)
+    assert "remat: auto" in (tmp_path / "attention" / "config.yaml").read_text()  # as asked for, on whatever device
 
 
 def test_a_method_that_trains_first_gets_a_training_run(directory, tmp_path):
