@@ -195,10 +195,15 @@ def test_few_keys_are_repeated_where_many_devices_share_the_queries(implementati
     with jax.set_mesh(mesh):
         arguments = jax.device_put((q, k, v), layout)
         found, text = step(*arguments), step.lower(*arguments).compile().as_text()
+        kernels = kernel_operands(jax.make_jaxpr(loss)(q, k, v).jaxpr)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
     whole = re.findall(r"f32\[2,(?:8|2,4),256,256\]", text)
-    assert implementation == "splash" or bool(whole) == (shares == 1), "scores of all heads"
+    if implementation == "xla":
+        assert bool(whole) == (shares == 1), "scores of all heads"
+    else:  # the rows of a device: all positions of its query heads, by key/value head
+        keys = 1 if shares == 4 else 2
+        assert any(shape[:3] == (2, keys, 8 // shares // keys * 256) for shape in kernels[0])
 
 
 @pytest.mark.parametrize(("seq", "sliding_window", "heads"), [(512, None, 2), (256, 100, 2), (1024, None, 8)])
@@ -337,3 +342,21 @@ def test_cudnn_equals_xla(dtype, sliding_window, segmented):
 
     for a, b in zip(jax.tree.leaves(run("cudnn")), jax.tree.leaves(run("xla")), strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.06)
+
+
+@pytest.mark.parametrize(("segmented", "kind"), [(True, "ScaleBias"), (False, "")])
+def test_cudnn_is_called_for_a_gpu_that_is_not_here(segmented, kind, monkeypatch):
+    """One call forward and one backward. Segments are its bias; causality and windows it knows by itself."""
+    monkeypatch.setattr(sys.modules[attention.__module__], "platform", lambda: "gpu")
+    library = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{library}.check_cudnn_version", lambda: 90500)
+    monkeypatch.setattr(f"{library}.check_compute_capability", lambda capability: True)
+    q, k, v = inputs(seq=256, dim=64, dtype=jnp.bfloat16)
+    segments = packed(2, 256) if segmented else None
+    given = {"positions": positions_of(segments) if segmented else np.arange(256)[None], "segment_ids": segments}
+
+    def loss(q, k, v):
+        return attention(q, k, v, **given, sliding_window=40, implementation="auto").astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r"@__cudnn\$fmha(\w+)", text) == [f"{kind}Softmax", f"{kind}SoftmaxBackward"]
