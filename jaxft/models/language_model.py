@@ -15,7 +15,7 @@ from jaxft.models.architecture import Decoder, logical_axes
 from jaxft.models.attention import PROMPT_SEGMENT
 from jaxft.models.config import DecoderConfig
 from jaxft.models.decoder import rms_norm, run_layers
-from jaxft.models.sharding import constrain, from_residual, mesh_axes, moved, residual, spec_of
+from jaxft.models.sharding import constrain, from_residual, mesh_axes, moved, spec_of
 from jaxft.weights import (
     RowSplit,
     Tree,
@@ -105,7 +105,7 @@ class LanguageModel:
         x = self._scaled(_look_up(tokens, params["embed"]["embedding"]).astype(dtype))
         # Looked up where each slice of the table is, then exchanged once; without this XLA replicates the activations.
         x = constrain(x, "replicas", "sequence", "embed")
-        x = residual(_exchange(site(params, "embed", x)))  # in two steps: in one XLA gathers the activations of all
+        x = _exchange(site(params, "embed", x))
         prompt = prompt_embeddings(params)
         length = 0 if prompt is None else prompt.shape[0]
         positions = positions + length
