@@ -80,7 +80,7 @@ class Plan:
     """A run on a topology. Memory in GiB of one chip, FLOPs of all chips, collective bytes sent by one chip a step.
 
     fits: whether the program fits the memory of a chip. hbm_gib_per_chip: arguments, results that are not written in
-    place, and temporaries; where the compiler gave up for lack of memory, what it would have needed.
+    place, and temporaries, at most; where the compiler gave up for lack of memory, what it would have needed.
     memory_gib: the same by purpose: trained, frozen, optimizer, batch, results, temporaries (activations, gradients,
     gathered weights). host_gib: what waits in host memory for one chip, by purpose. compile_cpu_seconds: of all cores,
     what `compile_seconds` depends on besides the machine's load. flops_per_step, flops_ratio: what the compiled step
@@ -325,10 +325,17 @@ def read_plan(
         memory |= {"results": 0, "temporaries": max(needed - held, 0)}
     else:
         stats = compiled.step.memory_analysis()
-        results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-        needed = stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
+        results, temporaries = stats.output_size_in_bytes - stats.alias_size_in_bytes, stats.temp_size_in_bytes
+        needed = stats.argument_size_in_bytes + results + temporaries
+        if needed > available:
+            notes += (
+                f"the analysis of the compiler says {needed / GIB:.1f} GiB, in which it counts the gaps between "
+                "temporaries twice; it has placed them all in the memory of a chip",
+            )
+            temporaries -= needed - available
+            needed = available
         host["temporaries"] = stats.host_temp_size_in_bytes
-        memory |= {"results": results, "temporaries": stats.temp_size_in_bytes}
+        memory |= {"results": results, "temporaries": temporaries}
         costs = hlo.costs(
             hlo.parse(compiled.step.as_text()),
             taken=trained_share(combine(tuned)),
@@ -355,7 +362,7 @@ def read_plan(
         read += 2 * (memory["trained"] + memory["optimizer"])
         gradients = 4 * sum(a.size for a in jax.tree.leaves(compiled.state.trainable)) / mesh.shape["fsdp"]
         roofline = estimate(topology, costs, read, gradients, useful, rows * seq_len)
-    fits = compiled.step is not None and needed <= available
+    fits = compiled.step is not None  # the compiler gives up where arguments and temporaries are more than a chip has
     if fits:
         notes += faster(config, model.config, tuned, mesh, available - needed)
     return Plan(
