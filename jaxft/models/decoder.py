@@ -78,11 +78,12 @@ def decoder_block(
     mixed = to_residual(project(layer, "attn.o", mixed))
     x = x + site(layer, "attn", norm("post_attn_norm", mixed) if config.post_norms else mixed)
 
-    normed = from_residual(norm("mlp_norm", x))
+    normed = norm("mlp_norm", x)
     activation, routing = _ACTIVATIONS[config.hidden_act], None
     if config.num_experts:
         mixed, routing = mixture(config, layer, normed, is_real, activation)
     else:
+        normed = from_residual(normed)
         gated = activation(project(layer, "mlp.gate", normed)) * project(layer, "mlp.up", normed)
         mixed = project(layer, "mlp.down", columns(gated))
     mixed = to_residual(mixed)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxft.models.config import DecoderConfig
 from jaxft.models.expert_parallel import across_experts, expert_axes
 from jaxft.models.rematerialization import projected
-from jaxft.models.sharding import token_shards
+from jaxft.models.sharding import from_residual, token_shards
 from jaxft.weights import Axes, Observed, Tree, group_of_row, linear, ragged_linear, site, value
 
 GATES = "mlp.router"  # the site at which gates `[batch, seq, experts]` pass: zero where a token does not go
@@ -57,7 +57,8 @@ def mixture(
     """The mixture of one layer, and where its tokens went. Where `is_real` is false the result is zero.
 
     y = sum over the k best e of g_e down_e(act(gate_e(x)) * up_e(x)), g = softmax(router(x)), divided by the sum of the
-    k chosen ones if `norm_topk_prob`. The softmax is computed in fp32.
+    k chosen ones if `norm_topk_prob`. The softmax is computed in fp32. `x` is laid out as the residual stream is: where
+    `tensor` divides its positions, each device routes its own, and experts get those of all.
     """
     k, experts = config.num_experts_per_token, config.num_experts
     router = layer["mlp"]["router"]
@@ -77,7 +78,7 @@ def mixture(
     )
 
     spread, gather, shard_axes = token_shards(*x.shape[:2])
-    rows, chosen, gates = spread(x), spread(chosen), spread(gates)
+    rows, chosen, gates = spread(from_residual(x)), spread(chosen), spread(gates)
     shards, tokens, _ = rows.shape
     chosen = chosen.reshape(shards, tokens * k)
     order = jnp.argsort(chosen, axis=-1, stable=True)
