@@ -879,6 +879,18 @@ def quick_compiler():
     jax.config.update("jax_optimization_level", level)
 
 
+@needs_compiler
+def test_each_chip_of_tensor_routes_its_own_positions_of_a_mixture(directory, quick_compiler, tmp_path):
+    shape = json.loads((directory / "config.json").read_text()) | MIXTURE
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_local_experts": 24}))
+    axes = "mesh={data: 1, expert: 2, tensor: 2}"
+    wanted = config(tmp_path, "{name: full}", "model.attention=xla", "data.seq_len=160", axes)
+    mesh = make_mesh(wanted.mesh, topology.topology_devices(parse_topology("v5e:2x2")))
+    text = compile_step(wanted, load_model(tmp_path), mesh).step.as_text()
+    scores = re.findall(r"= \w+\[2,(\d+),24\]\S* convolution\(", text)
+    assert scores and set(scores) == {"80"}
+
+
 # Scatters of many entries on a mesh with `tensor` take long to compile: one method has them.
 OTHERWISE = {"shira": {"rank": 32}, "sara": {"budget": 0.02}, "lt-sft": {"budget": 0.02}}
 
