@@ -39,6 +39,7 @@ from jaxft.weights import (
     gather_blocks,
     gather_rows,
     materialize,
+    merged,
     split_layers,
 )
 
@@ -339,7 +340,7 @@ def mark(tuned: Tuned) -> Tree:
 
 def combine(tuned: Tuned) -> Tree:
     """The parameters a model runs on; differentiable in `tuned.trainable`."""
-    return jax.tree.map(lambda t, f: f if t is None else t, tuned.trainable, tuned.frozen, is_leaf=is_hole)
+    return merged(tuned.trainable, tuned.frozen)
 
 
 def unmarked(params: Tree) -> Tree:

@@ -217,12 +217,11 @@ def abstract_batch(rows: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDt
     return {name: jax.ShapeDtypeStruct((rows, seq_len), kind, sharding=sharding) for name, kind in dtypes.items()}
 
 
-def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | None = None) -> Compiled:
-    """The train step of a configuration, compiled for the devices of `mesh`, which need not be here.
-
-    Raises:
-        JaxftError: the compiler failed for another reason than memory.
-    """
+def lower_step(
+    config: Any, model: Any, mesh: Mesh, report: ShardingReport | None = None
+) -> tuple[Any, Tree, Tree, Tree]:
+    """The train step of a configuration, lowered for the devices of `mesh`, which need not be here; and the shapes of
+    its state, its frozen parameters and a batch."""
     training = config.training
     method = build(config.method)
     schedule = make_schedule(training.learning_rate, training.steps or UNKNOWN_LENGTH)
@@ -241,9 +240,18 @@ def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | N
         ahead=fetches_ahead(config),
     )
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
-    start, cpu_start = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
-        lowered = step.lower(state, frozen, batch)
+        return step.lower(state, frozen, batch), state, frozen, batch
+
+
+def compile_step(config: Any, model: Any, mesh: Mesh, report: ShardingReport | None = None) -> Compiled:
+    """The train step of a configuration, compiled for the devices of `mesh`, which need not be here.
+
+    Raises:
+        JaxftError: the compiler failed for another reason than memory.
+    """
+    start, cpu_start = time.perf_counter(), time.process_time()
+    lowered, state, frozen, batch = lower_step(config, model, mesh, report)
     try:
         with warnings.catch_warnings():
             # A program for devices that are not here cannot be read from the compilation cache; it is compiled then.

@@ -46,7 +46,8 @@ def initialize(
     *,
     timeout: float = START_TIMEOUT,
 ) -> None:
-    """Joins the processes of a job through `jax.distributed`; nothing to do for a single process.
+    """Joins the processes of a job through `jax.distributed`; a single process only makes sure that the CPU devices it
+    may have run one program at a time.
 
     Call it before anything that touches devices. A second call only checks `processes`.
 
@@ -64,12 +65,12 @@ def initialize(
     if _link is None and not jax.distributed.is_initialized():
         place = find_place(coordinator, processes, process_id, timeout)
         if place is None or place.processes == 1:
+            if _cpu_devices() > 1:
+                _one_program_at_a_time()
             return
         _link = _join(place, timeout)
         atexit.register(_leave_job)  # runs before JAX's own farewell, which was registered first
-        # Programs in flight together may run in another order on another process, and then their collectives wait for
-        # each other for ever. Only the CPU's run like that.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        _one_program_at_a_time()
         with together():
             jax.distributed.initialize(
                 place.coordinator,
@@ -83,6 +84,18 @@ def initialize(
         if _link is not None:
             atexit.register(_leave_job)
     _require_count(processes)
+
+
+def _one_program_at_a_time() -> None:
+    """Programs in flight together may run in another order on another process, or take the threads that collectives of
+    another device need, and then wait for each other for ever. Only the CPU's run like that."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _cpu_devices() -> int:
+    """How many devices this process makes of its CPU."""
+    asked = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return max(int(asked[1]) if asked else 1, jax.config.jax_num_cpu_devices)
 
 
 def _require_count(processes: int | None) -> None:

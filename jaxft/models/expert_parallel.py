@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.models.sharding import platform
-from jaxft.weights import Axes, Tree, sum_rows
+from jaxft.weights import Axes, Tree, differentiated, merged, sum_rows
 
 SPARE = 2.0  # times the rows of a balanced batch have room in one round
 TILE = 128  # a round has a multiple of this many rows
@@ -205,10 +205,8 @@ def _further(step: Step, rounds: Int[Array, ""], first: Array, given: Tree) -> A
 
 
 def _further_forward(step: Step, rounds: Any, first: Any, given: Tree) -> tuple[Array, tuple]:
-    leaves, treedef = jax.tree.flatten(given, is_leaf=lambda p: hasattr(p, "perturbed"))
-    moved, fixed = ([p.value if p.perturbed == is_moved else None for p in leaves] for is_moved in (True, False))
-    y = _further(step, rounds.value, first.value, treedef.unflatten(p.value for p in leaves))
-    return y, (rounds.value, treedef.unflatten(moved), treedef.unflatten(fixed))
+    y = _further(step, rounds.value, first.value, jax.tree.map(lambda p: p.value, given))
+    return y, (rounds.value, *differentiated(given))
 
 
 def _further_backward(step: Step, kept: tuple, g: Array | SymbolicZero) -> tuple:
@@ -218,8 +216,7 @@ def _further_backward(step: Step, kept: tuple, g: Array | SymbolicZero) -> tuple
 
     def more(index: Array, sums: Tree) -> Tree:
         def of(moved: Tree) -> Array:
-            whole = jax.tree.map(lambda a, b: b if a is None else a, moved, fixed, is_leaf=lambda a: a is None)
-            return step(index, *whole)
+            return step(index, *merged(moved, fixed))
 
         return jax.tree.map(jnp.add, sums, jax.vjp(of, moved)[1](g)[0])
 

@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxtyping import Array
 
 from jaxft.errors import JaxftError, nearest
-from jaxft.weights import Tree, scan_layers
+from jaxft.weights import Tree, differentiated, merged, scan_layers
 
 REMAT_POLICIES = ("none", "block", "attention", "dots", "offload")
 ATTENTION, _PROJECTION = "attention", "projection"
@@ -94,11 +94,9 @@ def _layer(block: Block, carry: Tree, below: Tree, layer: Tree, xs: Tree) -> tup
 def _layer_forward(
     block: Block, carry: Tree, below: Tree, layer: Tree, xs: Tree
 ) -> tuple[tuple[tuple[Tree, Tree], Tree], tuple[Tree, ...]]:
-    # `symbolic_zeros` says what is differentiated: gradients of what does not train are not asked for.
+    # Gradients of what does not train are not asked for.
     carry, below, xs, whole = jax.tree.map(lambda p: p.value, (carry, below, xs, layer))
-    trained = jax.tree.map(lambda p: p.value if p.perturbed else None, layer)
-    frozen = jax.tree.map(lambda p: None if p.perturbed else p.value, layer)
-    return _layer(block, carry, below, whole, xs), (_moved(below, jax.memory.Space.Host), trained, frozen, xs)
+    return _layer(block, carry, below, whole, xs), (_moved(below, jax.memory.Space.Host), *differentiated(layer), xs)
 
 
 def _layer_backward(block: Block, kept: tuple[Tree, ...], cotangents: Tree) -> tuple[Tree, Tree, Tree, None]:
@@ -106,8 +104,7 @@ def _layer_backward(block: Block, kept: tuple[Tree, ...], cotangents: Tree) -> t
     (out_gradient, carry), y_gradient = cotangents
 
     def again(carry: Tree, trained: Tree) -> tuple[Tree, Tree]:
-        layer = jax.tree.map(lambda t, f: f if t is None else t, trained, frozen, is_leaf=lambda a: a is None)
-        return block(carry, layer, xs)
+        return block(carry, merged(trained, frozen), xs)
 
     results, pull = jax.vjp(again, carry, trained)
     gradients = jax.tree.map(

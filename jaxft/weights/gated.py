@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -13,10 +14,12 @@ from jaxft.weights.core import (
     Node,
     Weight,
     by_materializing_linear,
+    differentiated,
     linear,
     linear_rule,
     materialize,
     materialize_rule,
+    merged,
     node,
     pad_spec,
     specs,
@@ -167,17 +170,20 @@ def _damped_linear(x: Array, base: Weight, rate: Array) -> Array:
     return linear(x, base)
 
 
-def _damped_forward(x: Array, base: Weight, rate: Array) -> tuple[Array, tuple[Any, Array]]:
-    y, gradients = jax.vjp(linear, x, base)
-    return y, (gradients, rate)
+def _damped_forward(x: Any, base: Any, rate: Any) -> tuple[Array, tuple[Any, Array]]:
+    trained, fixed = differentiated(base)  # what is fixed may be in host memory, where no gradient of it could be
+    y, gradients = jax.vjp(lambda x, trained: linear(x, merged(trained, fixed)), x.value, trained)
+    return y, (gradients, rate.value)
 
 
-def _damped_backward(residuals: tuple[Any, Array], g: Array) -> tuple[Any, ...]:
+def _damped_backward(residuals: tuple[Any, Array], g: Array | SymbolicZero) -> tuple[Any, ...]:
     gradients, rate = residuals
+    if isinstance(g, SymbolicZero):
+        return None, None, None
     return gradients(g)[0], gradients(g * rate.astype(g.dtype))[1], None
 
 
-_damped_linear.defvjp(_damped_forward, _damped_backward)
+_damped_linear.defvjp(_damped_forward, _damped_backward, symbolic_zeros=True)
 
 
 @linear_rule.register

@@ -42,7 +42,7 @@ from jaxft.distributed.flops import (
     trained_share,
     visible_pairs,
 )
-from jaxft.distributed.plan import advice, compile_step, faster, needed_bytes, plan, read_plan
+from jaxft.distributed.plan import advice, compile_step, faster, lower_step, needed_bytes, plan, read_plan
 from jaxft.distributed.sharding import to_host_memory
 from jaxft.distributed.topology import TopologyError, parse_topology
 from jaxft.errors import JaxftError
@@ -862,10 +862,10 @@ def shape_for(name, directory, tmp_path):
     return tmp_path
 
 
-def method_config(directory, text):
+def method_config(directory, text, *others):
     # Half of so many positions, which a chip holds of a row, is no side of a matrix.
     overrides = ("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1", "model.attention=xla", "data.seq_len=160")
-    found = config(directory, text, *overrides)
+    found = config(directory, text, *overrides, *others)
     other = EvaluationSetConfig(path="other.jsonl")  # for those that compare data sets: never read
     return found.model_copy(update={"evaluation": found.evaluation.model_copy(update={"sets": {"other": other}})})
 
@@ -911,6 +911,18 @@ def test_the_step_of_every_method_compiles_for_a_tpu(name, directory, quick_comp
     assert gathers and not [(c.result, c.op_name) for c in gathers if whole & {sides(dims) for _, dims in c.result}]
     held = shard_bytes((compiled.state, compiled.frozen, compiled.batch))
     assert compiled.step.memory_analysis().argument_size_in_bytes >= 0.9 * held
+
+
+@pytest.mark.parametrize("name", methods())
+def test_the_step_of_every_method_is_traced_with_all_that_may_wait_in_host_memory(name, directory, tmp_path):
+    """Gradients of what waits there, of type "host", nobody asks for: no rule may make one."""
+    directory = shape_for(name, directory, tmp_path)
+    spec = {"name": name, **methods()[name].example, **OTHERWISE.get(name, {})}
+    wanted = method_config(directory, json.dumps(spec), "training.offload=[optimizer, frozen]")
+    mesh = make_mesh(wanted.mesh, jax.devices()[:4])
+    lowered, _, frozen, _ = lower_step(wanted, load_model(directory), mesh)
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(frozen["layers"]) if a.ndim > 2} <= {"pinned_host"}
+    assert "func.func public @main" in lowered.as_text()
 
 
 @needs_compiler
