@@ -215,6 +215,16 @@ def test_a_single_process_needs_nothing(environment):
     assert find_place(None, None, None) is None
 
 
+@pytest.mark.parametrize(("flags", "is_async"), [("--xla_force_host_platform_device_count=4", False), ("", True)])
+def test_cpu_devices_of_a_single_process_run_one_program_at_a_time(environment, flags, is_async):
+    """A step and an evaluation in flight would take each other's threads; one device has nothing to wait for."""
+    environment.setenv("XLA_FLAGS", flags)
+    told = {}
+    environment.setattr(jax.config, "update", told.__setitem__)
+    initialize()
+    assert told == ({} if is_async else {"jax_cpu_enable_async_dispatch": False})
+
+
 def test_slurm_says_where_the_others_are(environment):
     found = {"SLURM_JOB_ID": "4100", "SLURM_STEP_NODELIST": "node[003-004,7]", "SLURM_NTASKS": "3",
              "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}  # fmt: skip
