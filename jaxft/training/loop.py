@@ -202,9 +202,7 @@ def train(config: RunSettings, *, overwrite: bool = False) -> Report:
                 f"{run.path / 'report.md'}; to train again, set `output` to another directory or overwrite this one."
             )
             return report
-        memory = _memory() if config.mesh.auto or config.model.remat == "auto" else None
-        mesh = stack.enter_context(_on(make_mesh(_axes(config, memory))))
-        config = _with_remat(config, mesh, memory)
+        mesh = stack.enter_context(_on(make_mesh(_axes(config))))
         compiled = stack.enter_context(CompilationLog())
         stop = stack.enter_context(StopRequest())
         job = prepare(config, mesh, resolved)
@@ -218,23 +216,23 @@ def _memory() -> int | None:
     return min(gather("memory of devices", min(found))) or None
 
 
-def _axes(config: RunSettings, memory: int | None) -> MeshConfig:
+def _axes(config: RunSettings) -> MeshConfig:
     """The axes of the mesh; with `mesh: auto` chosen here, by every process from the same facts."""
     from jaxft.distributed.automatic import resolve_mesh  # it builds what this room holds
 
     if not config.mesh.auto:
         return config.mesh
     model = load_model(config.model.path)
-    return resolve_mesh(config, model, jax.device_count(), config.mesh.dcn, memory)[0]
+    return resolve_mesh(config, model, jax.device_count(), config.mesh.dcn, _memory())[0]
 
 
-def _with_remat(config: RunSettings, mesh: Mesh, memory: int | None) -> RunSettings:
+def _with_remat(config: RunSettings, mesh: Mesh) -> RunSettings:
     """The configuration with what is recomputed; with `model.remat: auto` chosen here, as the mesh is."""
     from jaxft.distributed.automatic import resolve_remat, with_settings
 
     if config.model.remat != "auto":
         return config
-    found, _ = resolve_remat(config, load_model(config.model.path), mesh, memory)
+    found, _ = resolve_remat(config, load_model(config.model.path), mesh, _memory())
     return with_settings(config, {"model.remat": found})
 
 
@@ -269,6 +267,7 @@ class Job:
 
 def prepare(config: RunSettings, mesh: Mesh, resolved: Mapping[str, Any]) -> Job:
     """Loads model and data, builds method, optimizer, loss and evaluation. Compiles nothing large."""
+    config = _with_remat(config, mesh)
     training, settings = config.training, config.model
     check_batch(config.data.batch_size, config.data.seq_len, mesh, training.accumulation)
     if jax.process_count() > 1:
