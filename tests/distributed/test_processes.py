@@ -93,9 +93,10 @@ def test_told_to_stop_or_killed_it_resumes_with_another_number_of_processes(dire
     # Told before the first step after it resumed: it takes that step, or two, and leaves.
     with start("told again", 2) as job:
         job.send(0, signal.SIGTERM, lambda: "resuming after step" in job.log(0))
+        told = max(int(step), steps_done(output))  # on a busy machine it has taken steps by now
         assert job.wait() == [143, 143], job.logs()
     (again,) = re.findall(rf"stopped after step (\d+) of {STEPS} and saved", job.log(0))
-    assert int(step) < int(again) <= int(step) + 2
+    assert int(step) < int(again) <= told + 2
     step = again
 
     # SIGKILL to one of four: the others end at once, and each says which one is gone.
