@@ -207,18 +207,22 @@ def resolve_remat(config: Any, model: Any, mesh: Mesh, memory: int | None = None
         state, frozen = abstract_run(config, model, mesh)
     except JaxftError:
         return "block", ("block: the method must see values before it knows its shapes",)
-    batch = config.data.batch_size, config.data.seq_len
-    kept, recomputed = (
-        model_flops(model.config, tuned_of(state, frozen), *batch, remat) for remat in ("attention", "block")
-    )
-    share = f"computing attention again would be {1 - kept / recomputed:.1%} of a step"
-    if 1 - kept / recomputed < WORTH_KEEPING:
+    again = attention_again(config, model.config, tuned_of(state, frozen))
+    share = f"computing attention again would be {again:.1%} of a step"
+    if again < WORTH_KEEPING:
         return "block", (f"block: {share}",)
     held = shard_bytes((state, state.trainable, frozen))  # the gradients are as large as what trains
     inputs, attended = kept_bytes(config, model.config, mesh)
     if held + 2 * (inputs + attended) > memory / 2:
         return "block", (f"block: {share}, but its results take {_gib(attended)}, which may not fit",)
     return "attention", (f"attention: {share}, and its results take {_gib(attended)} of {_gib(memory)}",)
+
+
+def attention_again(config: Any, shapes: Any, tuned: Any) -> float:
+    """The part of a step's FLOPs that attention takes which `remat: block` computes again, and `attention` does not."""
+    batch = config.data.batch_size, config.data.seq_len
+    kept, recomputed = (model_flops(shapes, tuned, *batch, remat) for remat in ("attention", "block"))
+    return 1 - kept / recomputed
 
 
 def kept_bytes(config: Any, shapes: Any, mesh: Mesh) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from jaxft.distributed import hlo
 from jaxft.distributed.automatic import (
     UNKNOWN_LENGTH,
     abstract_run,
+    attention_again,
     kept_bytes,
     loss_of,
     resolve_mesh,
@@ -456,11 +457,10 @@ def faster(config: Any, shapes: Any, tuned: Any, mesh: Mesh, room: float) -> tup
     if config.model.remat != "block":
         return ()
     _, more = kept_bytes(config, shapes, mesh)
-    batch = config.data.batch_size, config.data.seq_len
-    kept, recomputed = (model_flops(shapes, tuned, *batch, remat) for remat in ("attention", "block"))
-    if 2 * more > room or kept > 0.99 * recomputed:  # the compiler took up to twice as much, for what it fetches ahead
+    again = attention_again(config, shapes, tuned)
+    if 2 * more > room or again < 0.01:  # the compiler took up to twice as much, for what it fetches ahead
         return ()
-    return (f"model.remat=attention would compute {1 - kept / recomputed:.1%} less, for about {more / GIB:.2g} GiB",)
+    return (f"model.remat=attention would compute {again:.1%} less, for about {more / GIB:.2g} GiB",)
 
 
 def advice(

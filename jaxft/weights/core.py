@@ -33,21 +33,6 @@ class Node:
         return dataclasses.replace(cast(Any, self), **fields)  # `node` makes every subclass a dataclass
 
 
-def differentiated(primals: Tree) -> tuple[Tree, Tree]:
-    """Of what a `custom_vjp` with `symbolic_zeros` is given: the values that are differentiated, and the others. Where
-    one of the two trees has a value the other has None, which stands for a gradient of zero."""
-    parts = [
-        jax.tree.map(functools.partial(lambda moves, p: p.value if p.perturbed == moves else None, moves), primals)
-        for moves in (True, False)
-    ]
-    return parts[0], parts[1]
-
-
-def merged(first: Tree, second: Tree) -> Tree:
-    """`first`, and the values of `second` where it has None."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
-
-
 def static(**kwargs: Any) -> Any:
     """A dataclass field that is part of the node's structure (a Python value), not an array."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
@@ -61,6 +46,21 @@ def node(cls: type[AnyNode]) -> type[AnyNode]:
     meta = [f.name for f in fields if f.metadata.get("static")]
     data = [f.name for f in fields if not f.metadata.get("static")]
     return jax.tree_util.register_dataclass(made, data_fields=data, meta_fields=meta)
+
+
+def differentiated(primals: Tree) -> tuple[Tree, Tree]:
+    """Of what a `custom_vjp` with `symbolic_zeros` is given: the values that are differentiated, and the others. Where
+    one of the two trees has a value the other has None, which stands for a gradient of zero."""
+
+    def part(moves: bool) -> Tree:
+        return jax.tree.map(lambda p: p.value if p.perturbed == moves else None, primals)
+
+    return part(True), part(False)
+
+
+def merged(first: Tree, second: Tree) -> Tree:
+    """`first`, and the values of `second` where it has None."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None)
 
 
 def is_node(x: Any) -> bool:
