@@ -19,6 +19,7 @@ import argparse
 import math
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="time them on the first device of this machine")
     parser.add_argument("--repeats", type=int, default=20, help="timed steps of each")
     options = parser.parse_args()
+    del sys.argv[1:]  # tokamax reads them, too, and refuses what it does not know
     if tokamax is None:
         print(f"tokamax is not installed ({MISSING}): its rows are missing.\n")
     if options.here:
