@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from jaxft.distributed import hlo
 from jaxft.distributed.sharding import row_shards
-from jaxft.models.attention import computed_pairs, key_copies, parse_implementation, tiling
+from jaxft.models.attention import key_copies, parse_implementation
 from jaxft.models.mixture import is_gated_before_down
+from jaxft.models.splash_attention import computed_pairs, tiling
 from jaxft.partition import DECODER_ROLES, combine, weights_by_path
 from jaxft.weights import LowRank, SiteModule, SparseDelta, Split, Tree, first_trained, is_node, prompt_embeddings
 from jaxft.weights.rows import SOME_EXPERTS

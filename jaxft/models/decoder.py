@@ -98,11 +98,13 @@ def run_layers(
     positions: Int[Array, "#batch seq"],
     segment_ids: Int[Array, "batch seq"] | None,
     *,
+    prompt: int = 0,
     remat: str = "none",
     implementation: str = "auto",
     cache: dict | None = None,
 ) -> tuple[Float[Array, "batch seq dim"], dict | None, Routing | None]:
     """Scan the stacked layers. With a cache, keys and values are written after those it holds, and all are seen.
+    Without, the first `prompt` positions are virtual tokens.
 
     Returns the hidden states, the cache, and where a mixture of experts sent its tokens, by layer.
     """
@@ -127,6 +129,7 @@ def run_layers(
                 attention,
                 positions=positions,
                 segment_ids=segment_ids,
+                prompt=prompt,
                 scale=config.attention_scale,
                 softcap=config.attn_logit_softcapping,
                 implementation=implementation,

@@ -112,8 +112,9 @@ class LanguageModel:
         if prompt is not None and cache is None:
             prompt = self._scaled(prompt.astype(dtype))
             x, positions, segment_ids = _prepend(prompt, x, positions, segment_ids)
+        held = {"prompt": length} if cache is None else {"cache": cache}
         x, cache, routed = run_layers(
-            config, params["layers"], x, positions, segment_ids, remat=remat, implementation=attention, cache=cache
+            config, params["layers"], x, positions, segment_ids, remat=remat, implementation=attention, **held
         )
         x = from_residual(site(params, "final_norm", rms_norm(x, params["final_norm"], config)))
         x = x if cache is not None else x[:, length:]

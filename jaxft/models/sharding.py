@@ -40,6 +40,11 @@ def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
     return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
+def num_shards(name: str, size: int) -> int:
+    """Over how many devices of the ambient mesh a dimension is cut."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in mesh_axes(name, size) or ())
+
+
 def spec_of(shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
     """The PartitionSpec of an activation of `shape` whose dimensions have these names."""
     return PartitionSpec(*(mesh_axes(name, size) for name, size in zip(names, shape, strict=True)))

@@ -51,6 +51,7 @@ from jaxft.methods import Method, build
 from jaxft.methods.probe import Probe
 from jaxft.methods.registry import methods
 from jaxft.models.attention import attention
+from jaxft.models.splash_attention import computed_pairs
 from jaxft.partition import Tuned, combine
 from jaxft.training import compilation, loss
 from jaxft.training.offload import is_readable
@@ -195,7 +196,7 @@ def test_attention_is_counted_by_the_blocks_that_its_kernels_do_not_skip(
     make = splash_attention.make_splash_mha
     monkeypatch.setattr(splash_attention, "make_splash_mha", lambda **given: made.append(given) or make(**given))
     for name, value in settings.items():
-        monkeypatch.setattr(sys.modules[attention.__module__], name, value)
+        monkeypatch.setattr(sys.modules[computed_pairs.__module__], name, value)
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1} | sizes
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 4)
     shapes = [jax.ShapeDtypeStruct((rows, seq, n, dim), jnp.float32) for n in (heads, kv_heads, kv_heads)]

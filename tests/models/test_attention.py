@@ -1,5 +1,6 @@
 """Every implementation of attention computes the same function."""
 
+import math
 import re
 import sys
 
@@ -11,17 +12,10 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxft.errors import JaxftError
-from jaxft.models.attention import (
-    PROMPT_SEGMENT,
-    attention,
-    from_zigzag,
-    parse_implementation,
-    tiling,
-    to_zigzag,
-    zigzag_positions,
-)
+from jaxft.models.attention import PROMPT_SEGMENT, attention, parse_implementation
+from jaxft.models.splash_attention import from_zigzag, tiling, to_zigzag, zigzag_positions
 
-module = sys.modules[attention.__module__]
+module = sys.modules[tiling.__module__]
 
 
 def inputs(batch=2, seq=128, heads=4, kv_heads=2, dim=16, dtype=jnp.float32):
@@ -131,6 +125,42 @@ def test_splash_equals_xla_in_values_and_gradients(
 
     for a, b in zip(jax.tree.leaves(run(splash)), jax.tree.leaves(run("xla")), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sliding_window", "softcap", "kv_heads", "mesh"),
+    [
+        (None, None, 2, {}),
+        (100, 5.0, 4, {}),
+        (None, 5.0, 4, {"fsdp": 2, "tensor": 2, "sequence": 2}),
+        (100, None, 2, {"fsdp": 2, "tensor": 4}),
+    ],
+)
+def test_splash_with_a_soft_prompt_equals_xla_in_values_and_gradients(sliding_window, softcap, kv_heads, mesh):
+    """Its length makes no multiple of 128 of a row, every segment sees it, and a window may end inside of it."""
+    prompt, seq = 20, 512
+    q, k, v = inputs(seq=prompt + seq, heads=4, kv_heads=kv_heads)
+    tokens = packed(2, seq)
+    segments = np.concatenate([np.full((2, prompt), PROMPT_SEGMENT, np.int32), tokens], axis=1)
+    positions = np.concatenate([np.broadcast_to(np.arange(prompt), (2, prompt)), prompt + positions_of(tokens)], axis=1)
+    given = {"positions": positions, "segment_ids": segments, "prompt": prompt, "sliding_window": sliding_window}
+    real = (segments != 0)[:, :, None, None]
+
+    def step(implementation):
+        def loss(q, k, v):
+            out = attention(q, k, v, **given, softcap=softcap, implementation=implementation)
+            return jnp.sum(jnp.sin(out) * real), out * real
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    expected = step("xla")(q, k, v)
+    shape = mesh or {"data": 1}
+    auto, devices = (AxisType.Auto,) * len(shape), jax.devices()[: math.prod(shape.values())]
+    with jax.set_mesh(jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=auto, devices=devices)):
+        found = step("splash")(q, k, v)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+        assert np.abs(np.asarray(b)[:, :prompt]).max() > 1e-3
 
 
 def kernel_operands(jaxpr):
