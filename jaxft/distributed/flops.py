@@ -3,11 +3,14 @@
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from jaxft.distributed import hlo
 from jaxft.distributed.sharding import row_shards
@@ -91,6 +94,24 @@ def model_flops(config: Any, tuned: Any, rows: int, seq_len: int, remat: str) ->
     passes = in_layers * (1 + behind) + behind * again
     total = 2 * rows * length * passes + 2 * tokens * (2 * outside + trained) + attention + 2.5 * attention_behind
     return total + (attention_behind if remat in ("block", "offload") else 0)
+
+
+def penalty_flops(penalty: Callable[[Any], Array], tuned: Any) -> float:
+    """FLOPs of the matrix products in a method's penalty and its gradient, as they stand."""
+
+    def of(jaxpr: Any) -> float:
+        total = 0.0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (summed, _), _ = eqn.params["dimension_numbers"]
+                left, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+                total += 2 * math.prod(result) * math.prod(left[axis] for axis in summed)
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += times * sum(of(inner) for inner in jaxprs_in_params(eqn.params))
+        return total
+
+    gradient = jax.grad(lambda trainable, tuned: penalty(tuned._replace(trainable=trainable)))
+    return of(jax.make_jaxpr(gradient)(tuned.trainable, tuned).jaxpr)
 
 
 def _active_share(config: Any, path: str) -> float:

@@ -29,7 +29,7 @@ from jaxft.distributed.automatic import (
     shard_bytes,
     with_settings,
 )
-from jaxft.distributed.flops import RECOMPUTED, kernel_flops, model_flops, trained_share
+from jaxft.distributed.flops import RECOMPUTED, kernel_flops, model_flops, penalty_flops, trained_share
 from jaxft.distributed.mesh import make_mesh
 from jaxft.distributed.sharding import ShardingReport, batch_spec, check_batch, fit_spec, row_shards
 from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyError, parse_topology, topology_devices
@@ -86,7 +86,8 @@ class Plan:
     gathered weights). host_gib: what waits in host memory for one chip, by purpose. compile_cpu_seconds: of all cores,
     what `compile_seconds` depends on besides the machine's load. flops_per_step, flops_ratio: what the compiled step
     computes, and that over `model_flops`; None where it did not compile. model_flops: the least the method needs:
-    forward, gradients of activations, gradients of the weights that train, and what `remat` recomputes.
+    forward, gradients of activations, gradients of the weights that train, what `remat` recomputes, and the products
+    of the method's penalty as it is written.
     collective_share_overlapped: of the bytes, those sent while matrix products run. advice: what to change, best
     first; empty if it fits.
     """
@@ -327,6 +328,8 @@ def read_plan(
         )
     useful = model_flops(model.config, tuned, rows, seq_len, "none")
     least = model_flops(model.config, tuned, rows, seq_len, config.model.remat)
+    if penalty := build(config.method).penalty:
+        least += penalty_flops(penalty, tuned)
     flops, moved, overlapped, roofline = None, {}, 0.0, None
     if compiled.step is None:
         assert compiled.needed_bytes is not None  # the compiler said so when it gave up

@@ -39,6 +39,7 @@ from jaxft.distributed.flops import (
     expert_rows,
     grouped_kernels,
     model_flops,
+    penalty_flops,
     trained_share,
     visible_pairs,
 )
@@ -247,6 +248,7 @@ def test_attention_is_counted_by_the_blocks_that_its_kernels_do_not_skip(
         ("{name: lora, on: 'layers[2:].attn', rank: 8}", "none", 4),
         ("{name: shira, rank: 8}", "block", LAYERS),
         ("{name: shira, rank: 8}", "dots", LAYERS),
+        ("{name: sara}", "block", LAYERS),
     ],
 )
 def test_a_compiled_step_computes_what_the_method_needs(directory, method, remat, passed):
@@ -260,6 +262,8 @@ def test_a_compiled_step_computes_what_the_method_needs(directory, method, remat
     tuned = tuned_of(compiled.state, compiled.frozen)
     found = hlo.costs(hlo.parse(compiled.step.as_text()), taken=trained_share(combine(tuned)))
     least = model_flops(model.config, tuned, ROWS, SEQ, remat)
+    if penalty := build(wanted.method).penalty:
+        least += penalty_flops(penalty, tuned)
     # Plain attention, over all pairs: 2 products forward, 4 backward, the scores again (it keeps none), and, where
     # attention is recomputed, the mean of the values again.
     again = remat == "block"

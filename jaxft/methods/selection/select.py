@@ -275,6 +275,8 @@ def _check(granularity: str, per: Per | None, size: int, due: object, values: st
     check_choice("granularity", granularity, Granularity)
     if size < 1 or (size > 1 and granularity not in ("row", "column", "block")):
         raise JaxftError(f"size={size} must be at least 1, and other than 1 for rows, columns and blocks only")
+    if size == 1 and granularity == "block":
+        raise JaxftError("a block of size=1 is an entry: set granularity=element, or size to the side of a block (128)")
     fitting: dict[str, tuple[Per, ...]] = {
         "matrix": ("leaf", "layer", "category", "model"),
         "layer": ("model",),

@@ -230,6 +230,7 @@ def test_wanda_is_magnitude_times_activation():
         ({"granularity": "block", "size": 7}, "do not tile"),
         ({"granularity": "layer", "per": "matrix"}, 'per="matrix" does not go with granularity="layer"'),
         ({"granularity": "element", "size": 2}, "size=2 must be at least 1, and other than 1 for rows"),
+        ({"granularity": "block"}, "a block of size=1 is an entry: set granularity=element, or size"),
         ({"granularity": "layer", "budget": 1, "on": "head"}, '"head.kernel" is in no layer'),
         ({"granularity": "matrix", "period": 2, "values": "rewind"}, "rewind"),
         ({"on": "layer.attn"}, "matches no weight: .*layers.attn"),
