@@ -231,7 +231,9 @@ def kept_bytes(config: Any, shapes: Any, mesh: Mesh) -> tuple[float, float]:
     held = tokens / row_shards(mesh) / mesh.shape["sequence"] * shapes.num_layers
     held *= jnp.dtype(config.model.compute_dtype).itemsize
     lanes = -(-shapes.head_dim // 128) * 128
-    return held * shapes.hidden_size, held * shapes.num_heads * lanes / mesh.shape["tensor"]
+    tensor = mesh.shape["tensor"]  # divides heads, and of inputs positions
+    divides = config.data.seq_len % (mesh.shape["sequence"] * tensor) == 0
+    return held * shapes.hidden_size / (tensor if divides else 1), held * shapes.num_heads * lanes / tensor
 
 
 def shard_bytes(tree: Tree, *, host: bool = False) -> int:

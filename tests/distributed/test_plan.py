@@ -796,6 +796,8 @@ def test_remat_auto_keeps_the_results_of_attention_where_that_pays_and_fits(dire
     policy, reason = choice(needed, f"data.seq_len={SEQ // 4}")  # short rows: attention is little of a step
     assert policy == "block" and reason.startswith("block: computing attention again would be 0.")
     assert choice(needed, "model.remat=dots") == ("dots",)
+    with_tensor = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])  # it divides positions, and heads
+    assert kept / 2 == sum(kept_bytes(wanted, model.config, with_tensor))
 
 
 @needs_compiler
