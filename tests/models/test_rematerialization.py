@@ -15,6 +15,7 @@ from jaxft.models import LanguageModel
 from jaxft.models.attention import attention
 from jaxft.partition import combine
 from jaxft.training.loss import language_model_loss
+from jaxft.weights import PROMPT, SoftPrompt, add_site
 from jaxft.weights.training import in_training
 from tests.methods.tiny import MIXTURE, MODEL, batches, params
 
@@ -83,7 +84,7 @@ def test_projections_of_experts_are_kept_with_dots():
     assert products("dots") == products("none") < products("block")
 
 
-def kernels(remat, implementation, name, **changes):
+def kernels(remat, implementation, name, prompt=0, **changes):
     """How often a kernel of attention stands in the gradient of a model of a row of 128 tokens."""
     model = LanguageModel(MODEL.config.replace(num_layers=2, **{"sliding_layers": (), **changes}))
     tokens = jax.ShapeDtypeStruct((1, 128), jax.numpy.int32)
@@ -92,16 +93,23 @@ def kernels(remat, implementation, name, **changes):
         states = model.hidden(params, tokens, remat=remat, attention=implementation, dtype=jax.numpy.bfloat16)
         return jax.numpy.sum(states.astype(jax.numpy.float32))
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(model.abstract(), tokens).jaxpr
+    params = model.abstract()
+    if prompt:
+        embedding = jax.ShapeDtypeStruct((prompt, model.config.hidden_size), jax.numpy.float32)
+        params = add_site(params, PROMPT, SoftPrompt(embedding), layers=None)
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr
     found = list(equations(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]))
     labels = [e.params["name"] if e.primitive.name == "pallas_call" else e.primitive.name for e in found]
     return sum(label.startswith(name) for label in labels)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 64, "sliding_layers": (True, False)}], ids=["one", "two"])
+TWO_KINDS = {"sliding_window": 64, "sliding_layers": (True, False)}
+
+
+@pytest.mark.parametrize("changes", [{}, TWO_KINDS, {"prompt": 3}], ids=["one", "two", "prompt"])
 def test_the_result_of_attention_is_kept(changes):
-    """Also where layers of two kinds have their attention in the branches of a conditional."""
-    kinds = 2 if changes else 1
+    """Also where layers of two kinds have their attention in the branches of a conditional, and of a soft prompt."""
+    kinds = 2 if changes == TWO_KINDS else 1
     for remat, times in {"block": 2, "attention": 1, "dots": 1, "none": 1}.items():
         assert kernels(remat, "splash", "splash_mha_fwd", **changes) == kinds * times, remat
 
