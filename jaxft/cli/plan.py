@@ -85,7 +85,8 @@ def _text(plan: "Plan") -> str:
             f"  at best {r.step_seconds * 1e3:,.0f} ms a step, {r.tokens_per_second:,.0f} tokens/s, MFU {r.mfu:.0%} "
             f"(products {r.compute_seconds * 1e3:,.0f}, memory {r.memory_seconds * 1e3:,.0f}, "
             f"collectives {r.collective_seconds * 1e3:,.0f} of which exposed "
-            f"{r.exposed_collective_seconds * 1e3:,.0f}, network {r.network_seconds * 1e3:,.0f} ms)"
+            f"{r.exposed_collective_seconds * 1e3:,.0f}, network {r.network_seconds * 1e3:,.0f} ms);\n"
+            f"    {r.cautious_step_seconds * 1e3:,.0f} ms if a product hides no more than is sent while it lasts"
         )
         lines += [f"    assuming {text}" for text in r.assumptions]
     if plan.remedy is not None:

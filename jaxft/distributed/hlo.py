@@ -9,7 +9,8 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 DTYPE_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
@@ -249,7 +250,8 @@ class Collective:
     kind: the HLO opcode; a reduce-scatter written as all-reduce and slice counts as reduce-scatter.
     bytes_sent: by one device, each time. result: types. group: how many devices take part.
     is_async: runs beside computation by its form (a start and a done). overlapped: matrix products run in between.
-    in_conditional: whether it runs only if a predicate says so.
+    hidden: the part that is sent while they last (see `costs`). in_conditional: whether it runs only if a predicate
+    says so.
     """
 
     kind: str
@@ -259,6 +261,7 @@ class Collective:
     times: float
     is_async: bool
     overlapped: bool
+    hidden: float
     in_conditional: bool
     op_name: str
 
@@ -297,12 +300,20 @@ class Costs:
         return [c for c in self.collectives if c.kind == "all-gather" and max(num_bytes([a]) for a in c.result) > limit]
 
 
-def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call, operands: 0.0) -> Costs:
+def costs(
+    module: Module,
+    *,
+    taken: float = 1.0,
+    kernels: Kernels = lambda call, operands: 0.0,
+    flops_per_byte: float = 0.0,
+) -> Costs:
     """FLOPs and collectives of a program, bodies of loops counted as often as they run.
 
     Args:
         taken: how often a conditional takes the branch with more FLOPs (for a `Split`, the share of layers that train).
         kernels: FLOPs of custom calls.
+        flops_per_byte: what a device computes while it sends a byte. A product hides as much of the collectives it runs
+            beside as is sent meanwhile; with 0, all of them.
     """
 
     @functools.cache
@@ -350,40 +361,59 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
     read = set[str]()
     open_loops: dict[str, None] = {}
 
-    def visit(name: str, times: float, conditional: bool, beside: bool | None) -> None:
-        """`beside`: of a computation that runs beside others, whether matrix products are among them."""
+    def collectives(name: str) -> Iterator[tuple[int, Collective]]:
+        """Those of a computation, without what it calls, and where they are."""
+        instructions = module.computations[name]
+        scope = {i.name: i for i in instructions}
+        for position, op in enumerate(instructions):
+            kind = op.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and (not _chain(op) or _starts_chain(instructions)):
+                kind = "reduce-scatter" if "all-reduce-scatter" in name and kind == "all-reduce" else kind
+                yield position, _collective(op, kind, scope)
+
+    @functools.cache
+    def sent(name: str) -> float:
+        scope = {i.name: i for i in module.computations[name]}
+        within = sum(sent(called) * count for op in scope.values() for called, count in parts(op, scope, taken))
+        return within + sum(c.bytes_sent for _, c in collectives(name))
+
+    def windows(name: str) -> dict[int, Window]:
+        """What runs beside other instructions of a computation, by where it starts."""
+        instructions, own_ones = module.computations[name], dict(collectives(name))
+        scope = {i.name: i for i in instructions}
+        found, chains = dict[int, Window](), dict[str, list[int]]()
+        for position, op in enumerate(instructions):
+            called = [part for part, _ in parts(op, scope, taken)] if op.opcode in ("fusion", *BESIDE) else []
+            if op.opcode == "fusion":
+                for part in called:
+                    for chain in {c for i in module.computations[part] if (c := _chain(i))}:
+                        if _starts_chain(module.computations[part]):
+                            chains[chain] = []
+                            found[position] = Window(sent(part), chains[chain])
+                        elif chain in chains:
+                            chains[chain].append(position)
+            elif op.opcode in BESIDE or (op.opcode.endswith("-start") and position in own_ones):
+                needed = own_ones[position].bytes_sent if position in own_ones else sum(map(sent, called))
+                found[position] = Window(needed, range(position + 1, _done(instructions, position)))
+        return found
+
+    def visit(name: str, times: float, conditional: bool, beside: float | None) -> None:
+        """`beside`: of a computation that runs beside others, the part of what it sends that these hide."""
         read.add(name)
         instructions = module.computations[name]
         scope = {i.name: i for i in instructions}
-        starts_chain = any('"AsyncCollectiveStart"' in i.attributes for i in instructions)
-        scatters = "all-reduce-scatter" in name
+        products = [own(op, scope) + inside(op, scope, taken) for op in instructions]
+        hidden = _hidden(windows(name), products, flops_per_byte)
+        for position, one in collectives(name):
+            share = hidden.get(position, beside)
+            one = dataclasses.replace(one, times=times, in_conditional=conditional, is_async=share is not None)
+            found.append(dataclasses.replace(one, overlapped=bool(share), hidden=share or 0.0))
         for position, op in enumerate(instructions):
-            kind = op.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                chained = "chain_id=" in op.attributes  # one gather spread over several fusions: counted at its start
-                if chained and not starts_chain:
-                    continue
-                started = op.opcode.endswith("-start")
-                overlapped = beside or chained or (started and computes_until_done(instructions, position, scope))
-                scattered = scatters and kind == "all-reduce"
-                kind = "reduce-scatter" if scattered else kind
-                is_async = chained or started or beside is not None
-                found.append(_collective(op, kind, scope, times, is_async, overlapped, conditional))
-            elif op.opcode == "custom-call" and own(op, scope):
+            if op.opcode == "custom-call" and own(op, scope):
                 calls[re.sub(r"\.\d+$", "", op.name)] += times
-            among = computes_until_done(instructions, position, scope) if op.opcode in BESIDE else beside
             for called, count in parts(op, scope, taken):
-                visit(called, times * count, conditional or op.opcode == "conditional", among)
-
-    def computes_until_done(instructions: list[Instruction], position: int, scope: dict[str, Instruction]) -> bool:
-        """Whether a matrix product is scheduled between the start at `position` and its done."""
-        start = instructions[position]
-        for op in instructions[position + 1 :]:
-            if start.name in op.operands and op.opcode.endswith("-done"):
-                return False
-            if own(op, scope) + inside(op, scope, 1.0) > 0:
-                return True
-        return False
+                inner = conditional or op.opcode == "conditional"
+                visit(called, times * count, inner, hidden.get(position, beside))
 
     visit(module.entry, 1.0, False, None)
     unread = tuple(
@@ -395,9 +425,53 @@ def costs(module: Module, *, taken: float = 1.0, kernels: Kernels = lambda call,
     return Costs(total, least, most, found, dict(calls), unread, tuple(open_loops))
 
 
-def _collective(
-    op: Instruction, kind: str, scope: dict, times: float, is_async: bool, overlapped: bool, conditional: bool
-) -> Collective:
+class Window(NamedTuple):
+    """Bytes that are sent beside other instructions of a computation, and which these are."""
+
+    bytes_sent: float
+    steps: Sequence[int]
+
+
+def _chain(op: Instruction) -> str | None:
+    """Of a gather that is spread over several fusions the name of all its parts, of which the first counts."""
+    found = re.search(r'chain_id="?(\w+)', op.attributes)
+    return found and found[1]
+
+
+def _starts_chain(instructions: list[Instruction]) -> bool:
+    return any('"AsyncCollectiveStart"' in i.attributes for i in instructions)
+
+
+def _done(instructions: list[Instruction], position: int) -> int:
+    """Where what starts at `position` is waited for; the end if it is not."""
+    names = {instructions[position].name}
+    for at, op in enumerate(instructions[position + 1 :], position + 1):
+        if names & set(op.operands):
+            if op.opcode.endswith("-done"):
+                return at
+            if op.opcode.endswith("-update"):
+                names.add(op.name)
+    return len(instructions)
+
+
+def _hidden(windows: Mapping[int, Window], products: Sequence[float], flops_per_byte: float) -> dict[int, float]:
+    """The part of each window's bytes that are sent while products run, one byte after the other: a product goes to
+    what is waited for first."""
+    needed = {start: window.bytes_sent * flops_per_byte for start, window in windows.items()}
+    left, met = dict(needed), set[int]()
+    for step, flops in enumerate(products):
+        if not flops:
+            continue
+        for start in sorted((s for s, w in windows.items() if step in w.steps), key=lambda s: windows[s].steps[-1]):
+            met.add(start)
+            used = min(left[start], flops)
+            left[start] -= used
+            flops -= used
+    return {s: (1 - left[s] / needed[s] if needed[s] else 1.0) if s in met else 0.0 for s in windows}
+
+
+def _collective(op: Instruction, kind: str, scope: dict) -> Collective:
+    """A collective that runs once, and nothing beside it."""
     result = op.shapes
     if op.opcode.endswith("-start") and op.opcode != "all-reduce-start":
         # A start returns (operands, results, contexts): the results are the second half of the arrays that are data.
@@ -412,7 +486,7 @@ def _collective(
         "reduce-scatter": share * num_bytes(operands),
         "collective-permute": num_bytes(result),
     }.get(kind, share * num_bytes(result))
-    return Collective(kind, sent, result, group, times, is_async, overlapped, conditional, op.op_name)
+    return Collective(kind, sent, result, group, 1.0, False, False, 0.0, False, op.op_name)
 
 
 def group_size(attributes: str) -> int:

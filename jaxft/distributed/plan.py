@@ -51,8 +51,9 @@ class Roofline:
     """The time of a step if every unit ran at its peak; a real step takes longer.
 
     Seconds of matrix products, of reading memory, of sending to other chips (all, and what no computation hides), of
-    the network between slices. `mfu`: FLOPs of the model without recomputation over those the chips could do in
-    `step_seconds`. `assumptions`: what the estimate takes for granted.
+    the network between slices. `cautious_step_seconds`: if a product hides no more than is sent while it lasts, where
+    `step_seconds` has all that is sent beside any hidden. `mfu`: FLOPs of the model without recomputation over those
+    the chips could do in `step_seconds`. `assumptions`: what the estimate takes for granted.
     """
 
     compute_seconds: float
@@ -61,6 +62,7 @@ class Roofline:
     exposed_collective_seconds: float
     network_seconds: float
     step_seconds: float
+    cautious_step_seconds: float
     mfu: float
     tokens_per_second: float
     assumptions: tuple[str, ...]
@@ -354,6 +356,7 @@ def read_plan(
             kernels=kernel_flops(
                 model.config, rows // config.training.accumulation, seq_len, mesh, config.model.attention
             ),
+            flops_per_byte=topology.chip.flops / ring_bandwidth(topology),
         )
         if costs.unread:
             notes += (
@@ -408,6 +411,11 @@ def read_plan(
 NETWORK_BYTES_PER_SECOND = 6.25e9  # between slices: 200 Gbit/s of a host of four chips
 
 
+def ring_bandwidth(topology: Topology) -> float:
+    """Bytes that a chip sends a second, in both directions of one ring of links."""
+    return 2 * topology.chip.link_bandwidth
+
+
 def estimate(
     topology: Topology, costs: hlo.Costs, read_bytes: float, gradient_bytes: float, useful_flops: float, tokens: int
 ) -> Roofline:
@@ -421,22 +429,24 @@ def estimate(
         tokens: of a step.
     """
     chip = topology.chip
-    bandwidth = 2 * chip.link_bandwidth
+    bandwidth = ring_bandwidth(topology)
     compute = costs.flops / chip.flops
     memory = read_bytes / chip.hbm_bandwidth
     collective = sum(c.total_bytes for c in costs.collectives) / bandwidth
-    hidden = sum(c.total_bytes for c in costs.collectives if c.overlapped) / bandwidth
+    overlapped = sum(c.total_bytes for c in costs.collectives if c.overlapped) / bandwidth
+    hidden = sum(c.total_bytes * c.hidden for c in costs.collectives) / bandwidth
     network = 0.0
     if topology.slices > 1:
         network = 2 * (topology.slices - 1) / topology.slices * gradient_bytes / NETWORK_BYTES_PER_SECOND
-    step = max(compute, memory, hidden) + collective - hidden + network
+    step = max(compute, memory, overlapped) + collective - overlapped + network
     return Roofline(
         compute_seconds=compute,
         memory_seconds=memory,
         collective_seconds=collective,
-        exposed_collective_seconds=collective - hidden,
+        exposed_collective_seconds=collective - overlapped,
         network_seconds=network,
         step_seconds=step,
+        cautious_step_seconds=max(compute, memory) + collective - hidden + network,
         mfu=useful_flops / (step * chip.flops * topology.num_chips),
         tokens_per_second=tokens / step,
         assumptions=(
@@ -444,7 +454,7 @@ def estimate(
             f"{chip.link_bandwidth / 1e9:.0f} GB/s a link and direction ({chip.source})",
             "matrix products at peak; weights are read once a pass, optimizer state read and written once",
             "collectives use both directions of one ring of links, and those the compiler overlaps with matrix "
-            "products cost nothing unless they take longer than those",
+            "products cost nothing unless they take longer than those; in the cautious figure, than those beside them",
             "copies to and from host memory cost nothing",
             "between slices, the exchange of gradients is not overlapped and runs at "
             f"{NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s a chip",

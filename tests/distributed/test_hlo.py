@@ -186,9 +186,33 @@ def test_collectives_as_the_tpu_compiler_writes_them():
     assert set(found) == {"all-gather", "reduce-scatter", "collective-permute"}
     gather, scatter, permute = found["all-gather"], found["reduce-scatter"], found["collective-permute"]
     assert (gather.group, gather.times, gather.bytes_sent) == (4, 8, 1024 * 64 * 2 * 3 / 4)
-    assert gather.is_async and gather.overlapped and gather.op_name == "jit(step)/dot_general"
+    assert gather.is_async and not gather.overlapped and gather.op_name == "jit(step)/dot_general"
     assert (scatter.group, scatter.bytes_sent, scatter.is_async) == (4, 1024 * 64 * 4 * 3 / 4, False)
     assert permute.is_async and permute.overlapped and permute.bytes_sent == 256 * 64 * 2
+
+
+def test_a_product_hides_what_is_sent_meanwhile():
+    """Of a gather spread over fusions, those that continue it; of what is waited for first, first."""
+    text = tpu_text()
+    after = "  %scattered ="
+    assert text.count(after) == 1
+    fused = "  %more = bf16[2048,4,128,1]{3,2,1,0} fusion(%shard, %x.1, %w.1), kind=kCustom, calls=%continue\n"
+    second = "  %second-start = (bf16[1,256,64]{2,1,0}, bf16[1,256,64]{2,1,0}, u32[], u32[]) collective-permute-start(%shard)\n"
+    waited = "  %second-done = bf16[1,256,64]{2,1,0} collective-permute-done(%second-start)\n"
+    text = text.replace(after, fused + second + after).replace("  ROOT %out", waited + "  ROOT %out")
+    module = hlo.parse(text)
+
+    def hidden(flops_per_byte):
+        found = hlo.costs(module, flops_per_byte=flops_per_byte).collectives
+        return {kind: [c.hidden for c in found if c.kind == kind] for kind in {c.kind for c in found}}
+
+    convolution, product, sent = 2 * 2048 * 4 * 128 * 256 * 2, 2 * 8 * 4 * 16, 256 * 64 * 2
+    everything = {"all-gather": [1], "collective-permute": [1, 1], "reduce-scatter": [0]}
+    assert hidden(0) == everything
+    found = hidden(0.75 * product / sent)
+    assert found["all-gather"] == [1] and found["collective-permute"] == [pytest.approx(1 / 3), 1]
+    gathered = 1024 * 64 * 2 * 3 / 4
+    assert hidden(4 * convolution / gathered)["all-gather"] == [pytest.approx(1 / 4)]
 
 
 OFFLOADED = """
