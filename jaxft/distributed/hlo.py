@@ -383,39 +383,59 @@ def costs(
         scope = {i.name: i for i in instructions}
         found, chains = dict[int, Window](), dict[str, list[int]]()
         for position, op in enumerate(instructions):
-            called = [part for part, _ in parts(op, scope, taken)] if op.opcode in ("fusion", *BESIDE) else []
-            if op.opcode == "fusion":
-                for part in called:
-                    for chain in {c for i in module.computations[part] if (c := _chain(i))}:
-                        if _starts_chain(module.computations[part]):
-                            chains[chain] = []
-                            found[position] = Window(sent(part), chains[chain])
-                        elif chain in chains:
-                            chains[chain].append(position)
-            elif op.opcode in BESIDE or (op.opcode.endswith("-start") and position in own_ones):
+            called = [part for part, _ in parts(op, scope, taken)]
+            if op.opcode in BESIDE or (op.opcode.endswith("-start") and position in own_ones):
                 needed = own_ones[position].bytes_sent if position in own_ones else sum(map(sent, called))
                 found[position] = Window(needed, range(position + 1, _done(instructions, position)))
+            elif op.opcode == "fusion" and any(_starts_chain(module.computations[part]) for part in called):
+                (chain,) = chains_in(called[0])
+                chains[chain] = []
+                found[position] = Window(sent(called[0]), chains[chain])
+            else:
+                for chain in frozenset[str]().union(*map(chains_in, called)) & chains.keys():
+                    chains[chain].append(position)
         return found
 
-    def visit(name: str, times: float, conditional: bool, beside: float | None) -> None:
-        """`beside`: of a computation that runs beside others, the part of what it sends that these hide."""
+    @functools.cache
+    def chains_in(name: str) -> frozenset[str]:
+        """The gathers of which a computation, or one that it calls, is a part."""
+        instructions = module.computations[name]
+        scope = {i.name: i for i in instructions}
+        inner = (chains_in(called) for op in instructions for called, _ in parts(op, scope, 1.0))
+        return frozenset(c for op in instructions if (c := _chain(op))).union(*inner)
+
+    @functools.cache
+    def beside(name: str) -> tuple[dict[int, float | None], float]:
+        """Of what runs beside others in a computation the part that these hide, and the FLOPs that hide nothing."""
+        instructions = module.computations[name]
+        scope = {i.name: i for i in instructions}
+        products, unused = [], []
+        for op in instructions:
+            called = list(parts(op, scope, taken))
+            products.append(own(op, scope) + sum(count * flops(part, taken) for part, count in called))
+            unused.append(own(op, scope) + sum(count * beside(part)[1] for part, count in called))
+        return _hidden(windows(name), products, unused, flops_per_byte)
+
+    def visit(name: str, times: float, conditional: bool, is_async: bool, around: float | None) -> None:
+        """`is_async`: of a computation that runs beside others; `around`, the part of what it sends that these hide."""
         read.add(name)
         instructions = module.computations[name]
         scope = {i.name: i for i in instructions}
-        products = [own(op, scope) + inside(op, scope, taken) for op in instructions]
-        hidden = _hidden(windows(name), products, flops_per_byte)
+        hidden, _ = beside(name)
         for position, one in collectives(name):
-            share = hidden.get(position, beside)
-            one = dataclasses.replace(one, times=times, in_conditional=conditional, is_async=share is not None)
-            found.append(dataclasses.replace(one, overlapped=bool(share), hidden=share or 0.0))
+            share = hidden.get(position, around)
+            one = dataclasses.replace(
+                one, times=times, in_conditional=conditional, is_async=is_async or position in hidden
+            )
+            found.append(dataclasses.replace(one, overlapped=share is not None, hidden=share or 0.0))
         for position, op in enumerate(instructions):
             if op.opcode == "custom-call" and own(op, scope):
                 calls[re.sub(r"\.\d+$", "", op.name)] += times
             for called, count in parts(op, scope, taken):
                 inner = conditional or op.opcode == "conditional"
-                visit(called, times * count, inner, hidden.get(position, beside))
+                visit(called, times * count, inner, is_async or position in hidden, hidden.get(position, around))
 
-    visit(module.entry, 1.0, False, None)
+    visit(module.entry, 1.0, False, False, None)
     unread = tuple(
         name
         for name, instructions in module.computations.items()
@@ -454,20 +474,28 @@ def _done(instructions: list[Instruction], position: int) -> int:
     return len(instructions)
 
 
-def _hidden(windows: Mapping[int, Window], products: Sequence[float], flops_per_byte: float) -> dict[int, float]:
-    """The part of each window's bytes that are sent while products run, one byte after the other: a product goes to
-    what is waited for first."""
+def _hidden(
+    windows: Mapping[int, Window], products: Sequence[float], unused: Sequence[float], flops_per_byte: float
+) -> tuple[dict[int, float | None], float]:
+    """The part of each window's bytes that are sent while products run, one byte after the other (None where there are
+    no products), and what hides none.
+
+    `products` are the FLOPs of each step, `unused` those beside which nothing is sent in what the step calls. They go
+    to what is waited for first.
+    """
     needed = {start: window.bytes_sent * flops_per_byte for start, window in windows.items()}
-    left, met = dict(needed), set[int]()
-    for step, flops in enumerate(products):
-        if not flops:
-            continue
-        for start in sorted((s for s, w in windows.items() if step in w.steps), key=lambda s: windows[s].steps[-1]):
-            met.add(start)
-            used = min(left[start], flops)
-            left[start] -= used
-            flops -= used
-    return {s: (1 - left[s] / needed[s] if needed[s] else 1.0) if s in met else 0.0 for s in windows}
+    left, met, rest = dict(needed), set[int](), 0.0
+    for step, flops in enumerate(unused):
+        if products[step]:
+            inside = (start for start, window in windows.items() if step in window.steps)
+            for start in sorted(inside, key=lambda start: windows[start].steps[-1]):
+                met.add(start)
+                used = min(left[start], flops)
+                left[start] -= used
+                flops -= used
+        rest += flops
+    shares = {s: (1 - left[s] / needed[s] if needed[s] else 1.0) if s in met else None for s in windows}
+    return shares, rest
 
 
 def _collective(op: Instruction, kind: str, scope: dict) -> Collective:

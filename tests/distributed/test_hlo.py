@@ -215,6 +215,19 @@ def test_a_product_hides_what_is_sent_meanwhile():
     assert hidden(4 * convolution / gathered)["all-gather"] == [pytest.approx(1 / 4)]
 
 
+def test_a_gather_is_spread_over_a_loop():
+    """Its parts are in the body; what hides the permutes of the body hides nothing else."""
+    text = tpu_text()
+    (started,) = (line for line in text.splitlines() if line.startswith("  %started"))
+    more = "  %more = bf16[2048,4,128,1]{3,2,1,0} fusion(%shard, %x.1, %w.1), kind=kCustom, calls=%continue"
+    text = text.replace(started, more)
+    text = text.replace("  %first = s32[]", started.replace("%shard", "%w.1") + "\n  %first = s32[]")
+    convolution, gathered = 2 * 2048 * 4 * 128 * 256 * 2, 1024 * 64 * 2 * 3 / 4
+    found = hlo.costs(hlo.parse(text), flops_per_byte=4 * 8 * convolution / gathered).collectives
+    (gather,) = (c for c in found if c.kind == "all-gather")
+    assert (gather.times, gather.overlapped) == (1, True) and gather.hidden == pytest.approx(1 / 4)
+
+
 OFFLOADED = """
 %offloaded (p.9: f32[1024,64]) -> f32[256,64] {
   %p.9 = f32[1024,64]{1,0} parameter(0)

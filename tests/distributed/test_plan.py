@@ -690,9 +690,9 @@ def multiplies(module, op):
 @needs_compiler
 def test_fetching_ahead_leaves_one_option_unused():
     mesh = make_mesh(MeshConfig(fsdp=4), topology.topology_devices(parse_topology("v5e:2x2")))
-    assert compilation.compiler_options(mesh) == {}
-    (option,) = compilation.compiler_options(mesh, ahead=True).items()
-    assert option == ("xla_tpu_pipeline_memory_host_transfers", False)
+    usual = compilation.compiler_options(mesh)
+    more = {"xla_tpu_pipeline_memory_host_transfers": False}
+    assert compilation.compiler_options(mesh, ahead=True) == usual | more != usual
 
 
 def test_an_option_that_the_compiler_does_not_know_is_refused():
