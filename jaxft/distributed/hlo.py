@@ -373,6 +373,7 @@ def costs(
 
     @functools.cache
     def sent(name: str) -> float:
+        """Bytes that a computation sends, with what it calls."""
         scope = {i.name: i for i in module.computations[name]}
         within = sum(sent(called) * count for op in scope.values() for called, count in parts(op, scope, taken))
         return within + sum(c.bytes_sent for _, c in collectives(name))
@@ -387,14 +388,18 @@ def costs(
             if op.opcode in BESIDE or (op.opcode.endswith("-start") and position in own_ones):
                 needed = own_ones[position].bytes_sent if position in own_ones else sum(map(sent, called))
                 found[position] = Window(needed, range(position + 1, _done(instructions, position)))
-            elif op.opcode == "fusion" and any(_starts_chain(module.computations[part]) for part in called):
-                (chain,) = chains_in(called[0])
-                chains[chain] = []
-                found[position] = Window(sent(called[0]), chains[chain])
+            elif op.opcode == "fusion" and (started := chains_from(called)):
+                chains |= dict.fromkeys(started, steps := list[int]())
+                found[position] = Window(sum(map(sent, called)), steps)
             else:
                 for chain in frozenset[str]().union(*map(chains_in, called)) & chains.keys():
                     chains[chain].append(position)
         return found
+
+    def chains_from(names: list[str]) -> set[str]:
+        """The gathers that computations start."""
+        starts = [module.computations[name] for name in names if _starts_chain(module.computations[name])]
+        return {chain for instructions in starts for op in instructions if (chain := _chain(op))}
 
     @functools.cache
     def chains_in(name: str) -> frozenset[str]:
