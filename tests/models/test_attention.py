@@ -128,17 +128,18 @@ def test_splash_equals_xla_in_values_and_gradients(
 
 
 @pytest.mark.parametrize(
-    ("sliding_window", "softcap", "kv_heads", "mesh"),
+    ("prompt", "sliding_window", "softcap", "kv_heads", "mesh"),
     [
-        (None, None, 2, {}),
-        (100, 5.0, 4, {}),
-        (None, 5.0, 4, {"fsdp": 2, "tensor": 2, "sequence": 2}),
-        (100, None, 2, {"fsdp": 2, "tensor": 4}),
+        (20, None, None, 2, {}),
+        (128, None, None, 2, {}),
+        (20, 100, 5.0, 4, {}),
+        (20, None, 5.0, 4, {"fsdp": 2, "tensor": 2, "sequence": 2}),
+        (20, 100, None, 2, {"fsdp": 2, "tensor": 4}),
     ],
 )
-def test_splash_with_a_soft_prompt_equals_xla_in_values_and_gradients(sliding_window, softcap, kv_heads, mesh):
-    """Its length makes no multiple of 128 of a row, every segment sees it, and a window may end inside of it."""
-    prompt, seq = 20, 512
+def test_splash_with_a_soft_prompt_equals_xla_in_values_and_gradients(prompt, sliding_window, softcap, kv_heads, mesh):
+    """Whether its length makes a multiple of 128 of a row or not, every segment sees it; a window may end inside it."""
+    seq = 512
     q, k, v = inputs(seq=prompt + seq, heads=4, kv_heads=kv_heads)
     tokens = packed(2, seq)
     segments = np.concatenate([np.full((2, prompt), PROMPT_SEGMENT, np.int32), tokens], axis=1)
