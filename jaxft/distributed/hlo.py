@@ -361,26 +361,28 @@ def costs(
     read = set[str]()
     open_loops: dict[str, None] = {}
 
-    def collectives(name: str) -> Iterator[tuple[int, Collective]]:
-        """Those of a computation, without what it calls, and where they are."""
-        instructions = module.computations[name]
+    @functools.cache
+    def collectives(name: str) -> dict[int, Collective]:
+        """Those of a computation, without what it calls, by where they are."""
+        instructions, sending = module.computations[name], dict[int, Collective]()
         scope = {i.name: i for i in instructions}
         for position, op in enumerate(instructions):
             kind = op.opcode.removesuffix("-start")
             if kind in COLLECTIVES and (not _chain(op) or _starts_chain(instructions)):
                 kind = "reduce-scatter" if "all-reduce-scatter" in name and kind == "all-reduce" else kind
-                yield position, _collective(op, kind, scope)
+                sending[position] = _collective(op, kind, scope)
+        return sending
 
     @functools.cache
     def sent(name: str) -> float:
         """Bytes that a computation sends, with what it calls."""
         scope = {i.name: i for i in module.computations[name]}
         within = sum(sent(called) * count for op in scope.values() for called, count in parts(op, scope, taken))
-        return within + sum(c.bytes_sent for _, c in collectives(name))
+        return within + sum(c.bytes_sent for c in collectives(name).values())
 
     def windows(name: str) -> dict[int, Window]:
         """What runs beside other instructions of a computation, by where it starts."""
-        instructions, own_ones = module.computations[name], dict(collectives(name))
+        instructions, own_ones = module.computations[name], collectives(name)
         scope = {i.name: i for i in instructions}
         found, chains = dict[int, Window](), dict[str, list[int]]()
         for position, op in enumerate(instructions):
@@ -414,11 +416,10 @@ def costs(
         """Of what runs beside others in a computation the part that these hide, and the FLOPs that hide nothing."""
         instructions = module.computations[name]
         scope = {i.name: i for i in instructions}
-        products, unused = [], []
-        for op in instructions:
-            called = list(parts(op, scope, taken))
-            products.append(own(op, scope) + sum(count * flops(part, taken) for part, count in called))
-            unused.append(own(op, scope) + sum(count * beside(part)[1] for part, count in called))
+        products = [own(op, scope) + inside(op, scope, taken) for op in instructions]
+        unused = [
+            own(op, scope) + sum(n * beside(part)[1] for part, n in parts(op, scope, taken)) for op in instructions
+        ]
         return _hidden(windows(name), products, unused, flops_per_byte)
 
     def visit(name: str, times: float, conditional: bool, is_async: bool, around: float | None) -> None:
@@ -427,7 +428,7 @@ def costs(
         instructions = module.computations[name]
         scope = {i.name: i for i in instructions}
         hidden, _ = beside(name)
-        for position, one in collectives(name):
+        for position, one in collectives(name).items():
             share = hidden.get(position, around)
             one = dataclasses.replace(
                 one, times=times, in_conditional=conditional, is_async=is_async or position in hidden

@@ -216,16 +216,25 @@ def test_a_product_hides_what_is_sent_meanwhile():
 
 
 def test_a_gather_is_spread_over_a_loop():
-    """Its parts are in the body; what hides the permutes of the body hides nothing else."""
+    """Its parts are in the body; what hides a permute of the body hides nothing else."""
     text = tpu_text()
     (started,) = (line for line in text.splitlines() if line.startswith("  %started"))
     more = "  %more = bf16[2048,4,128,1]{3,2,1,0} fusion(%shard, %x.1, %w.1), kind=kCustom, calls=%continue"
     text = text.replace(started, more)
     text = text.replace("  %first = s32[]", started.replace("%shard", "%w.1") + "\n  %first = s32[]")
-    convolution, gathered = 2 * 2048 * 4 * 128 * 256 * 2, 1024 * 64 * 2 * 3 / 4
-    found = hlo.costs(hlo.parse(text), flops_per_byte=4 * 8 * convolution / gathered).collectives
-    (gather,) = (c for c in found if c.kind == "all-gather")
-    assert (gather.times, gather.overlapped) == (1, True) and gather.hidden == pytest.approx(1 / 4)
+    convolution, gathered, permuted = 2 * 2048 * 4 * 128 * 256 * 2, 1024 * 64 * 2 * 3 / 4, 256 * 64 * 2
+
+    def gather(text, flops_per_byte):
+        found = hlo.costs(hlo.parse(text), flops_per_byte=flops_per_byte).collectives
+        (one,) = (c for c in found if c.kind == "all-gather")
+        assert one.times == 1 and one.overlapped
+        return one.hidden
+
+    assert gather(text, 4 * 8 * convolution / gathered) == pytest.approx(1 / 4)
+    beside_permute = text.replace(more + "\n", "").replace("  %a = f32[8,16]", more + "\n  %a = f32[8,16]")
+    flops_per_byte = 15 / 16 * convolution / permuted
+    left = 8 * convolution / 16  # of eight runs of the body
+    assert gather(beside_permute, flops_per_byte) == pytest.approx(left / (flops_per_byte * gathered), rel=1e-4)
 
 
 OFFLOADED = """

@@ -713,6 +713,8 @@ def test_the_command_prints_what_people_and_programs_read(directory, tmp_path):
     assert wanted_keys <= set(found) and found["fits"] is True
     text = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
     assert "hft on v5e:2x2 (4 chips, mesh fsdp 4): fits" in text
+    assert found["roofline"]["cautious_step_seconds"] > found["roofline"]["step_seconds"]
+    assert "ms if a product hides no more than is sent while it lasts" in text
 
 
 @pytest.fixture
