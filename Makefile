@@ -61,6 +61,14 @@ $(VENV)/.tpu: requirements/tpu.txt | $(VENV)/.created
 	  echo "There is none for this platform: the tests that compile for TPUs will be skipped."
 	@touch $@
 
+# The same for GPUs: jax's CUDA plugin without the rest of CUDA, which compiling does not need.
+$(VENV)/.cuda: requirements/cuda.txt | $(VENV)/.created
+	@echo "Installing the GPU compiler, pinned in $<, into $(VENV)/cuda (0.4 GB on disk) ..."
+	@rm -rf $(VENV)/cuda
+	@$(pip) install --no-deps --target $(VENV)/cuda --requirement $< || \
+	  echo "There is none for this platform: the tests that compile for GPUs will be skipped."
+	@touch $@
+
 # ---- what it is for -------------------------------------------------------------------------------------------------
 
 quickstart: $(VENV)/.run
@@ -77,7 +85,7 @@ quickstart: $(VENV)/.run
 	@echo "  $(VENV)/bin/jaxft train --help                       # your own data: copy configs/quickstart.yaml"
 
 # The tests of a file go to one worker: they share what is costly to make. Files in the order of tests/conftest.py.
-test: $(VENV)/.test $(VENV)/.tpu
+test: $(VENV)/.test $(VENV)/.tpu $(VENV)/.cuda
 	@$(python) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
@@ -122,7 +130,9 @@ lock:
 	  grep -vE '^(nvidia-|cuda-|triton==)' build.test.txt; } > requirements/test.txt
 	@$(UV) --extra tpu --constraint build.run.txt > build.tpu.txt
 	@{ grep '^#' requirements/tpu.txt; grep '^libtpu==' build.tpu.txt; } > build.new.txt && mv build.new.txt requirements/tpu.txt
-	@rm build.run.txt build.test.txt build.tpu.txt
+	@$(UV) --extra cuda --constraint build.run.txt > build.cuda.txt
+	@{ grep '^#' requirements/cuda.txt; grep -E '^jax-cuda13-(plugin|pjrt)==' build.cuda.txt; } > build.new.txt && mv build.new.txt requirements/cuda.txt
+	@rm build.run.txt build.test.txt build.tpu.txt build.cuda.txt
 	@echo "requirements/run.txt: $$(grep -c == requirements/run.txt) pins, requirements/test.txt: $$(grep -c == requirements/test.txt)"
 
 clean:

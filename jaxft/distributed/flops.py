@@ -193,24 +193,25 @@ def grouped_kernels(
     """FLOPs of products of sorted rows with a matrix a group: each row is multiplied with one of them.
 
     `ragged-dot` (XLA's own): `[rows, d_in] x [groups, d_in, d_out]`; `tgmm` (Pallas), the gradient of the matrices,
-    `[groups, d_in, d_out]` of `d_in x rows` and `rows x d_out`. A buffer may have more rows than are filled: kernels
+    `[groups, d_in, d_out]` of `d_in x rows` and `rows x d_out`. On a GPU both are kernels of ours. A buffer may have more rows than are filled: kernels
     compute nothing for the others, so that no more than `most` rows count. Where some of the `experts` train, a device
     has as many rows of one of them as of another.
     """
-    found = re.match(r"(ragged-dot|tgmm)(?!-metadata)", op.name)
+    found = re.match(r"(ragged-dot|tgmm)(?!-metadata)", op.name) or re.search(r"/(ragged_\w+)/pallas_call", op.op_name)
     if not found:
         return 0.0
     result = op.shapes[0][1]
     left = next(dims for dtype, dims in operands if len(dims) == 2 and not dtype.startswith(("s", "u")))
     if experts and SOME_EXPERTS in op.op_name:
         most *= result[0] / experts
-    if found[1] == "tgmm":
+    if found[1] in ("tgmm", "ragged_outer"):
         return 2 * result[1] * min(left[0] * left[1] // result[1], most) * result[2]
     return 2 * min(left[0], most) * left[1] * result[1]
 
 
 def attention_kernels(config: Any, rows: int, seq_len: int, mesh: Mesh, attention: str = "auto") -> hlo.Kernels:
-    """FLOPs of the splash attention kernels, which compute whole blocks and skip those that nothing sees.
+    """FLOPs of the kernels of attention, which compute whole blocks and skip those that nothing sees: splash attention
+    on a TPU, cuDNN on a GPU.
 
     `rows` go through the model at once. Where layers are of two kinds each has its kernels, in the branches of a
     conditional; every kernel counts as the mean layer, so that it does not matter how often which branch runs.
@@ -228,6 +229,8 @@ def attention_kernels(config: Any, rows: int, seq_len: int, mesh: Mesh, attentio
 
         return 2 * seen(cut.keys), 5 * seen(cut.fused_keys) if cut.fused_keys else 7 * seen(cut.keys)
 
+    if mesh.devices.flat[0].platform == "gpu":
+        return _cudnn_kernels(windows, seq_len)
     with jax.set_mesh(mesh):
         forward, backward = np.mean([layer(window) for window in windows], axis=0).tolist()
     products = {"fwd": forward, "dkv": backward * 4 / 7, "dq": backward * 3 / 7}
@@ -239,5 +242,21 @@ def attention_kernels(config: Any, rows: int, seq_len: int, mesh: Mesh, attentio
         queries = next(dims for dtype, dims in operands if len(dims) >= 3 and not dtype.startswith(("s", "u")))
         is_fused = found[1] == "dkv" and len(op.shapes) > 4  # it has the gradients of queries among its results
         return 2 * (backward if is_fused else products[found[1]]) * math.prod(queries) * seq_len
+
+    return flops
+
+
+CUDNN_TILE = 128  # positions and keys of what cuDNN computes at once, about; it does not say
+
+
+def _cudnn_kernels(windows: list[int | None], seq_len: int) -> hlo.Kernels:
+    """FLOPs of cuDNN's attention, which skips tiles that are not causal or lie outside of the window, as above."""
+    seen = np.mean([computed_pairs(seq_len, CUDNN_TILE, CUDNN_TILE, window) for window in windows]) / seq_len
+
+    def flops(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]]) -> float:
+        if "__cudnn$fmha" not in op.attributes:
+            return 0.0
+        queries = operands[0][1]  # [batch, positions, heads, dim]
+        return 2 * (5 if "Backward" in op.attributes else 2) * math.prod(queries) * float(seen)
 
     return flops

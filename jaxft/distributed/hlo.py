@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 DTYPE_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3": 1, "f4e2m1fn": 0.5, "c64": 8,
@@ -248,7 +250,8 @@ class Collective:
     """A collective that a program runs `times` times (on average, inside conditionals).
 
     kind: the HLO opcode; a reduce-scatter written as all-reduce and slice counts as reduce-scatter.
-    bytes_sent: by one device, each time. result: types. group: how many devices take part.
+    bytes_sent: by one device, each time. result: types. groups: the devices that take part together, by their places
+    in the mesh; empty for all.
     is_async: runs beside computation by its form (a start and a done). overlapped: matrix products run in between.
     hidden: the part that is sent while they last (see `costs`). in_conditional: whether it runs only if a predicate
     says so.
@@ -257,7 +260,7 @@ class Collective:
     kind: str
     bytes_sent: float
     result: list[tuple[str, tuple[int, ...]]]
-    group: int
+    groups: list[list[int]]
     times: float
     is_async: bool
     overlapped: bool
@@ -268,6 +271,11 @@ class Collective:
     @property
     def total_bytes(self) -> float:
         return self.bytes_sent * self.times
+
+    @property
+    def group(self) -> int:
+        """How many devices take part together; 0 for all."""
+        return len(self.groups[0]) if self.groups else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,15 +313,15 @@ def costs(
     *,
     taken: float = 1.0,
     kernels: Kernels = lambda call, operands: 0.0,
-    flops_per_byte: float = 0.0,
+    flops_meanwhile: Callable[[Collective], float] = lambda collective: 0.0,
 ) -> Costs:
     """FLOPs and collectives of a program, bodies of loops counted as often as they run.
 
     Args:
         taken: how often a conditional takes the branch with more FLOPs (for a `Split`, the share of layers that train).
         kernels: FLOPs of custom calls.
-        flops_per_byte: what a device computes while it sends a byte. A product hides as much of the collectives it runs
-            beside as is sent meanwhile; with 0, all of them.
+        flops_meanwhile: what a device could compute while it sends what a collective sends each time. A product hides
+            as much of the collectives it runs beside as is sent meanwhile; with 0, all of them.
     """
 
     @functools.cache
@@ -375,10 +383,10 @@ def costs(
 
     @functools.cache
     def sent(name: str) -> float:
-        """Bytes that a computation sends, with what it calls."""
+        """FLOPs that hide all that a computation sends, with what it calls."""
         scope = {i.name: i for i in module.computations[name]}
         within = sum(sent(called) * count for op in scope.values() for called, count in parts(op, scope, taken))
-        return within + sum(c.bytes_sent for c in collectives(name).values())
+        return within + sum(map(flops_meanwhile, collectives(name).values()))
 
     def windows(name: str) -> dict[int, Window]:
         """What runs beside other instructions of a computation, by where it starts."""
@@ -388,7 +396,7 @@ def costs(
         for position, op in enumerate(instructions):
             called = [part for part, _ in parts(op, scope, taken)]
             if op.opcode in BESIDE or (op.opcode.endswith("-start") and position in own_ones):
-                needed = own_ones[position].bytes_sent if position in own_ones else sum(map(sent, called))
+                needed = flops_meanwhile(own_ones[position]) if position in own_ones else sum(map(sent, called))
                 found[position] = Window(needed, range(position + 1, _done(instructions, position)))
             elif op.opcode == "fusion" and (started := chains_from(called)):
                 chains |= dict.fromkeys(started, steps := list[int]())
@@ -420,7 +428,7 @@ def costs(
         unused = [
             own(op, scope) + sum(n * beside(part)[1] for part, n in parts(op, scope, taken)) for op in instructions
         ]
-        return _hidden(windows(name), products, unused, flops_per_byte)
+        return _hidden(windows(name), products, unused)
 
     def visit(name: str, times: float, conditional: bool, is_async: bool, around: float | None) -> None:
         """`is_async`: of a computation that runs beside others; `around`, the part of what it sends that these hide."""
@@ -452,9 +460,9 @@ def costs(
 
 
 class Window(NamedTuple):
-    """Bytes that are sent beside other instructions of a computation, and which these are."""
+    """What runs beside other instructions of a computation, in FLOPs that hide it, and which these are."""
 
-    bytes_sent: float
+    needed: float
     steps: Sequence[int]
 
 
@@ -481,15 +489,15 @@ def _done(instructions: list[Instruction], position: int) -> int:
 
 
 def _hidden(
-    windows: Mapping[int, Window], products: Sequence[float], unused: Sequence[float], flops_per_byte: float
+    windows: Mapping[int, Window], products: Sequence[float], unused: Sequence[float]
 ) -> tuple[dict[int, float | None], float]:
-    """The part of each window's bytes that are sent while products run, one byte after the other (None where there are
-    no products), and what hides none.
+    """The part of each window that passes while products run, one window after the other (None where there are no
+    products), and what hides none.
 
     `products` are the FLOPs of each step, `unused` those beside which nothing is sent in what the step calls. They go
     to what is waited for first.
     """
-    needed = {start: window.bytes_sent * flops_per_byte for start, window in windows.items()}
+    needed = {start: window.needed for start, window in windows.items()}
     left, met, rest = dict(needed), set[int](), 0.0
     for step, flops in enumerate(unused):
         if products[step]:
@@ -512,7 +520,8 @@ def _collective(op: Instruction, kind: str, scope: dict) -> Collective:
         data = [a for a in result if len(a[1]) > 0]
         result = data[len(data) // 2 :]
     operands = [s for o in op.operands if o in scope for s in scope[o].shapes]
-    group = group_size(op.attributes)
+    groups = replica_groups(op.attributes)
+    group = len(groups[0]) if groups else 0
     share = (group - 1) / group if group else 1.0
     sent = {
         "all-gather": share * num_bytes(result),
@@ -520,20 +529,30 @@ def _collective(op: Instruction, kind: str, scope: dict) -> Collective:
         "reduce-scatter": share * num_bytes(operands),
         "collective-permute": num_bytes(result),
     }.get(kind, share * num_bytes(result))
-    return Collective(kind, sent, result, group, 1.0, False, False, 0.0, False, op.op_name)
+    return Collective(kind, sent, result, groups, 1.0, False, False, 0.0, False, op.op_name)
 
 
-def group_size(attributes: str) -> int:
-    """How many devices a collective runs over; 0 where it does not say (all of them)."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-    if mesh:
-        sizes = {a: int(n) for a, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        group = 1
-        for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2]):
-            group *= int(part) if part else sizes[axis]
-        return group
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
+def replica_groups(attributes: str) -> list[list[int]]:
+    """Which devices exchange something with each other; empty where it does not say (all with all)."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        shape, inside = list[int](), list[int]()  # the parts of all axes, and which of these the devices of a group span
+        named = [(a, int(m or 1), int(n or 0)) for a, m, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2])]
+        for axis, text in re.findall(r"'([^']+)'=(\d+)", mesh[1]):
+            size = int(text)
+            spans = [(major, major * (count or size)) for name, major, count in named if name == axis]
+            cuts = sorted({1, size, *(cut for span in spans for cut in span)})
+            for low, high in zip(cuts, cuts[1:], strict=False):
+                shape.append(high // low)
+                if any(first <= low and high <= last for first, last in spans):
+                    inside.append(len(shape) - 1)
+        ids = np.arange(math.prod(shape)).reshape(shape)
+        ids = np.moveaxis(ids, inside, range(-len(inside), 0)) if inside else ids[..., None]
+        return ids.reshape(-1, math.prod(shape[i] for i in inside)).tolist()
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
-        return int(iota[2])
-    explicit = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    return len(explicit[1].split(",")) if explicit and explicit[1] else 0
+        ids = np.arange(int(iota[1]) * int(iota[2])).reshape([int(n) for n in iota[3].split(",")])
+        order = [int(n) for n in iota[4].split(",")] if iota[4] else None
+        return ids.transpose(order).reshape(int(iota[1]), int(iota[2])).tolist()
+    explicit = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes)
+    found = re.findall(r"\{([\d,]+)\}", explicit[1]) if explicit else []
+    return [[int(n) for n in group.split(",")] for group in found]

@@ -32,7 +32,14 @@ from jaxft.distributed.automatic import (
 from jaxft.distributed.flops import RECOMPUTED, kernel_flops, model_flops, penalty_flops, trained_share
 from jaxft.distributed.mesh import make_mesh
 from jaxft.distributed.sharding import ShardingReport, batch_spec, check_batch, fit_spec, row_shards
-from jaxft.distributed.topology import GIB, RESERVED_HBM, Topology, TopologyError, parse_topology, topology_devices
+from jaxft.distributed.topology import (
+    GIB,
+    Topology,
+    TopologyError,
+    assumed_cudnn,
+    parse_topology,
+    topology_devices,
+)
 from jaxft.errors import JaxftError
 from jaxft.hub import load_model
 from jaxft.methods import build
@@ -158,7 +165,7 @@ def plan(config: Any, topology: str | Topology) -> Plan:
         )
     model = load_model(config.model.path)
     axes, reasons = resolve_mesh(
-        config, model, topology.num_chips, topology.slices, topology.chip.hbm_bytes - RESERVED_HBM
+        config, model, topology.num_chips, topology.slices, topology.chip.usable_bytes
     )
     if axes.dcn != topology.slices:
         raise TopologyError(
@@ -187,7 +194,7 @@ def _compiled_plan(
 ) -> Plan:
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.data.batch_size, config.data.seq_len, mesh, config.training.accumulation)
-    remat, reasons = resolve_remat(config, model, mesh, topology.chip.hbm_bytes - RESERVED_HBM)
+    remat, reasons = resolve_remat(config, model, mesh, topology.chip.usable_bytes)
     notes += tuple(f"model.remat: auto: {reason}" for reason in reasons)
     config = with_settings(config, {"model.remat": remat})
     report = ShardingReport()
@@ -244,7 +251,7 @@ def lower_step(
         ahead=fetches_ahead(config),
     )
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), assumed_cudnn():
         return step.lower(state, frozen, batch), state, frozen, batch
 
 
@@ -308,7 +315,8 @@ def read_plan(
     """The figures of a compiled step."""
     rows, seq_len = config.data.batch_size, config.data.seq_len
     tuned = tuned_of(compiled.state, compiled.frozen)
-    available = topology.chip.hbm_bytes - RESERVED_HBM
+    chip = topology.chip
+    available = chip.usable_bytes
     memory = {
         "trained": shard_bytes(compiled.state.trainable),
         "frozen": shard_bytes(compiled.frozen),
@@ -341,7 +349,7 @@ def read_plan(
         stats = compiled.step.memory_analysis()
         results, temporaries = stats.output_size_in_bytes - stats.alias_size_in_bytes, stats.temp_size_in_bytes
         needed = stats.argument_size_in_bytes + results + temporaries
-        if needed > available:
+        if needed > available and chip.target is None:
             notes += (
                 f"the analysis of the compiler says {needed / GIB:.1f} GiB, in which it counts the gaps between "
                 "temporaries twice; it has placed them all in the memory of a chip",
@@ -356,7 +364,7 @@ def read_plan(
             kernels=kernel_flops(
                 model.config, rows // config.training.accumulation, seq_len, mesh, config.model.attention
             ),
-            flops_per_byte=topology.chip.flops / ring_bandwidth(topology),
+            flops_meanwhile=lambda sent: sent.bytes_sent / bandwidth(sent, topology, mesh) * chip.flops,
         )
         if costs.unread:
             notes += (
@@ -376,8 +384,9 @@ def read_plan(
         read = passes * config.training.accumulation * weights / mesh.shape["tensor"] / mesh.shape["expert"]
         read += 2 * (memory["trained"] + memory["optimizer"])
         gradients = 4 * sum(a.size for a in jax.tree.leaves(compiled.state.trainable)) / mesh.shape["fsdp"]
-        roofline = estimate(topology, costs, read, gradients, useful, rows * seq_len)
-    fits = compiled.step is not None  # the compiler gives up where arguments and temporaries are more than a chip has
+        roofline = estimate(topology, mesh, costs, read, gradients, useful, rows * seq_len)
+    # The TPU compiler gives up where arguments and temporaries are more than a chip has, the GPU compiler does not.
+    fits = compiled.step is not None and (chip.target is None or needed <= available)
     if fits:
         notes += faster(config, model.config, tuned, mesh, available - needed)
     return Plan(
@@ -408,37 +417,48 @@ def read_plan(
 
 # --- roofline ---------------------------------------------------------------------------------------------------------
 
-NETWORK_BYTES_PER_SECOND = 6.25e9  # between slices: 200 Gbit/s of a host of four chips
-
-
-def ring_bandwidth(topology: Topology) -> float:
-    """Bytes that a chip sends a second, in both directions of one ring of links."""
-    return 2 * topology.chip.link_bandwidth
+def bandwidth(collective: hlo.Collective, topology: Topology, mesh: Mesh) -> float:
+    """Bytes that a chip sends a second in a collective: of GPUs over the network where it is one of several nodes."""
+    chip = topology.chip
+    if chip.target is None or topology.slices == 1:
+        return chip.ring_bandwidth
+    node = [device.process_index for device in mesh.devices.flat]
+    is_inside = collective.groups and all(len({node[i] for i in group}) == 1 for group in collective.groups)
+    return chip.ring_bandwidth if is_inside else chip.network_bandwidth
 
 
 def estimate(
-    topology: Topology, costs: hlo.Costs, read_bytes: float, gradient_bytes: float, useful_flops: float, tokens: int
+    topology: Topology,
+    mesh: Mesh,
+    costs: hlo.Costs,
+    read_bytes: float,
+    gradient_bytes: float,
+    useful_flops: float,
+    tokens: int,
 ) -> Roofline:
     """The roofline of a step on one chip of a topology.
 
     Args:
+        mesh: of the devices of the topology.
         costs: of the compiled step.
         read_bytes: memory traffic of weights and optimizer state, of one chip.
         gradient_bytes: gradients that one chip exchanges with its peers of other slices.
         useful_flops: of the model without recomputation, on all chips.
         tokens: of a step.
     """
-    chip = topology.chip
-    bandwidth = ring_bandwidth(topology)
+    chip, is_gpu = topology.chip, topology.chip.target is not None
     compute = costs.flops / chip.flops
     memory = read_bytes / chip.hbm_bandwidth
-    collective = sum(c.total_bytes for c in costs.collectives) / bandwidth
-    overlapped = sum(c.total_bytes for c in costs.collectives if c.overlapped) / bandwidth
-    hidden = sum(c.total_bytes * c.hidden for c in costs.collectives) / bandwidth
+    taken = [(c, c.total_bytes / bandwidth(c, topology, mesh)) for c in costs.collectives]
+    collective = sum(seconds for _, seconds in taken)
+    overlapped = sum(seconds for c, seconds in taken if c.overlapped)
+    hidden = sum(seconds * c.hidden for c, seconds in taken)
     network = 0.0
-    if topology.slices > 1:
-        network = 2 * (topology.slices - 1) / topology.slices * gradient_bytes / NETWORK_BYTES_PER_SECOND
+    if topology.slices > 1 and not is_gpu:
+        network = 2 * (topology.slices - 1) / topology.slices * gradient_bytes / chip.network_bandwidth
     step = max(compute, memory, overlapped) + collective - overlapped + network
+    wires = f"{chip.link_bandwidth / 1e9:.0f} GB/s a link and direction"
+    between = f"{chip.network_bandwidth / 1e9:g} GB/s a chip"
     return Roofline(
         compute_seconds=compute,
         memory_seconds=memory,
@@ -451,13 +471,15 @@ def estimate(
         tokens_per_second=tokens / step,
         assumptions=(
             f"{chip.generation}: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.hbm_bandwidth / 1e9:.0f} GB/s memory, "
-            f"{chip.link_bandwidth / 1e9:.0f} GB/s a link and direction ({chip.source})",
+            f"{wires} ({chip.source})",
             "matrix products at peak; weights are read once a pass, optimizer state read and written once",
-            "collectives use both directions of one ring of links, and those the compiler overlaps with matrix "
-            "products cost nothing unless they take longer than those; in the cautious figure, than those beside them",
+            f"collectives use {f'all {chip.links} links' if is_gpu else 'both directions of one ring of links'}, and "
+            "those the compiler overlaps with matrix products cost nothing unless they take longer than those; in the "
+            "cautious figure, than those beside them",
             "copies to and from host memory cost nothing",
-            "between slices, the exchange of gradients is not overlapped and runs at "
-            f"{NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s a chip",
+            f"between nodes, collectives run at {between}"
+            if is_gpu
+            else f"between slices, the exchange of gradients is not overlapped and runs at {between}",
         ),
     )
 

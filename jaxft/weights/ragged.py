@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxft.weights import ragged_gpu
 from jaxft.weights.core import Node, Weight, materialize_rule
 from jaxft.weights.reduction import gathered, scattered, stages_of
 
@@ -102,8 +103,12 @@ def ragged_input_gradient(
 
 
 def _product(x: Array, w: Array, sizes: Array, axes: Axes, *, is_transposed: bool = False) -> Array:
+    def of_xla(x: Array, w: Array, sizes: Array) -> Array:
+        return lax.ragged_dot_general(x, w, sizes, _BY_OUTPUTS) if is_transposed else lax.ragged_dot(x, w, sizes)
+
     def product(w: Array, x: Array, sizes: Array) -> Array:
-        y = lax.ragged_dot_general(x, w, sizes, _BY_OUTPUTS) if is_transposed else lax.ragged_dot(x, w, sizes)
+        on_gpu = functools.partial(ragged_gpu.product, is_transposed=is_transposed)
+        y = lax.platform_dependent(x, w, sizes, cuda=on_gpu, default=of_xla)
         if not axes.groups:
             return y
         # Beyond the sum of sizes the kernels write nothing: what was there before need not even be a number.
@@ -140,7 +145,7 @@ def ragged_outer(
 
     def local(*arrays: Array) -> Array:
         parts = (
-            lax.platform_dependent(*(a[shard] for a in arrays), tpu=_outer_tpu, default=_outer)
+            lax.platform_dependent(*(a[shard] for a in arrays), tpu=_outer_tpu, cuda=ragged_gpu.outer, default=_outer)
             for shard in range(arrays[0].shape[0])
         )
         total = functools.reduce(jnp.add, parts)
@@ -242,4 +247,6 @@ def _each_shard(fn: Callable[..., Array], axes: Axes, w: Array, *arrays: Array) 
         return local(w, *arrays)
     divided = PartitionSpec(axes.shards)
     specs = (PartitionSpec(axes.groups or None), *(divided for _ in arrays))
-    return jax.shard_map(local, in_specs=specs, out_specs=divided, axis_names=set(axes.shards))(w, *arrays)
+    return jax.shard_map(local, in_specs=specs, out_specs=divided, axis_names=set(axes.shards), check_vma=False)(
+        w, *arrays
+    )
