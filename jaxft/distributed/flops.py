@@ -193,9 +193,9 @@ def grouped_kernels(
     """FLOPs of products of sorted rows with a matrix a group: each row is multiplied with one of them.
 
     `ragged-dot` (XLA's own): `[rows, d_in] x [groups, d_in, d_out]`; `tgmm` (Pallas), the gradient of the matrices,
-    `[groups, d_in, d_out]` of `d_in x rows` and `rows x d_out`. On a GPU both are kernels of ours. A buffer may have more rows than are filled: kernels
-    compute nothing for the others, so that no more than `most` rows count. Where some of the `experts` train, a device
-    has as many rows of one of them as of another.
+    `[groups, d_in, d_out]` of `d_in x rows` and `rows x d_out`; on a GPU both are kernels of `weights.ragged_gpu`. A
+    buffer may have more rows than are filled: kernels compute nothing for the others, so that no more than `most` rows
+    count. Where some of the `experts` train, a device has as many rows of one of them as of another.
     """
     found = re.match(r"(ragged-dot|tgmm)(?!-metadata)", op.name) or re.search(r"/(ragged_\w+)/pallas_call", op.op_name)
     if not found:
@@ -250,13 +250,15 @@ CUDNN_TILE = 128  # positions and keys of what cuDNN computes at once, about; it
 
 
 def _cudnn_kernels(windows: list[int | None], seq_len: int) -> hlo.Kernels:
-    """FLOPs of cuDNN's attention, which skips tiles that are not causal or lie outside of the window, as above."""
+    """FLOPs of cuDNN's attention, which skips tiles that are not causal or lie outside of the window, as above. Where
+    it is not told of these, since a sequence is cut over the mesh, it skips none."""
     seen = np.mean([computed_pairs(seq_len, CUDNN_TILE, CUDNN_TILE, window) for window in windows]) / seq_len
 
     def flops(op: hlo.Instruction, operands: list[tuple[str, tuple[int, ...]]]) -> float:
         if "__cudnn$fmha" not in op.attributes:
             return 0.0
-        queries = operands[0][1]  # [batch, positions, heads, dim]
-        return 2 * (5 if "Backward" in op.attributes else 2) * math.prod(queries) * float(seen)
+        queries, keys = operands[0][1], operands[1][1]  # [batch, positions, heads, dim]
+        count = float(seen) if '"mask_type": "CAUSAL"' in op.attributes else keys[1]
+        return 2 * (5 if "Backward" in op.attributes else 2) * math.prod(queries) * count
 
     return flops

@@ -534,9 +534,12 @@ def _collective(op: Instruction, kind: str, scope: dict) -> Collective:
 
 def replica_groups(attributes: str) -> list[list[int]]:
     """Which devices exchange something with each other; empty where it does not say (all with all)."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
-        shape, inside = list[int](), list[int]()  # the parts of all axes, and which of these the devices of a group span
-        named = [(a, int(m or 1), int(n or 0)) for a, m, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2])]
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? *\{([^}]*)\}", attributes):
+        shape, inside = (
+            list[int](),
+            list[int](),
+        )  # the parts of all axes, and which of these the devices of a group span
+        named = [(a, int(m or 1), int(n or 0)) for a, m, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[3])]
         for axis, text in re.findall(r"'([^']+)'=(\d+)", mesh[1]):
             size = int(text)
             spans = [(major, major * (count or size)) for name, major, count in named if name == axis]
@@ -545,14 +548,21 @@ def replica_groups(attributes: str) -> list[list[int]]:
                 shape.append(high // low)
                 if any(first <= low and high <= last for first, last in spans):
                     inside.append(len(shape) - 1)
-        ids = np.arange(math.prod(shape)).reshape(shape)
+        ids = _devices(mesh[2] or f"[{math.prod(shape)}]").reshape(shape)
         ids = np.moveaxis(ids, inside, range(-len(inside), 0)) if inside else ids[..., None]
         return ids.reshape(-1, math.prod(shape[i] for i in inside)).tolist()
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        ids = np.arange(int(iota[1]) * int(iota[2])).reshape([int(n) for n in iota[3].split(",")])
-        order = [int(n) for n in iota[4].split(",")] if iota[4] else None
-        return ids.transpose(order).reshape(int(iota[1]), int(iota[2])).tolist()
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return _devices(iota[2]).reshape(-1, int(iota[1])).tolist()
     explicit = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes)
     found = re.findall(r"\{([\d,]+)\}", explicit[1]) if explicit else []
     return [[int(n) for n in group.split(",")] for group in found]
+
+
+def _devices(text: str) -> np.ndarray:
+    """A list of devices: `[2,8]T(1,0)`, those of a grid in another order, or each by its number."""
+    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+))?", text)
+    if not found:
+        return np.array([int(n) for n in re.findall(r"\d+", text)])
+    sizes, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
+    assert sizes is not None
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)

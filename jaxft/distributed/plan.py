@@ -164,10 +164,11 @@ def plan(config: Any, topology: str | Topology) -> Plan:
             "chip, which is not how they run: plan for v5e, v5p or v6e"
         )
     model = load_model(config.model.path)
-    axes, reasons = resolve_mesh(
-        config, model, topology.num_chips, topology.slices, topology.chip.usable_bytes
-    )
-    if axes.dcn != topology.slices:
+    # Slices of TPUs must be told from one another. Nodes of GPUs need not be: NCCL knows them.
+    is_gpu = topology.chip.is_gpu
+    slices = config.mesh.dcn if is_gpu else topology.slices
+    axes, reasons = resolve_mesh(config, model, topology.num_chips, slices, topology.chip.usable_bytes)
+    if axes.dcn != topology.slices and not (is_gpu and axes.dcn == 1):
         raise TopologyError(
             f"{topology} has {topology.slices} slices and mesh.dcn = {axes.dcn}: set mesh.dcn={topology.slices}"
             + (f" and mesh.data to a multiple of {topology.slices}" if topology.slices > 1 else "")
@@ -251,7 +252,7 @@ def lower_step(
         ahead=fetches_ahead(config),
     )
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
-    with jax.set_mesh(mesh), assumed_cudnn():
+    with jax.set_mesh(mesh), assumed_cudnn(mesh.devices.flat):
         return step.lower(state, frozen, batch), state, frozen, batch
 
 
@@ -331,6 +332,8 @@ def read_plan(
     held = sum(memory.values())
     if told := compiler_options(mesh, config.training.compiler_options, ahead=fetches_ahead(config)):
         notes += ("compiler options: " + ", ".join(f"{name}={value}" for name, value in told.items()),)
+    if chip.is_gpu and config.training.offload:
+        notes += ("training.offload: jax knows no host memory of a GPU that is not here, so all is planned in its own",)
     if (heads := model.config.num_heads) % (tensor := mesh.shape["tensor"]):
         notes += (
             f"attention: {heads} heads are not divisible by mesh.tensor = {tensor}, so each of those chips computes "
@@ -349,7 +352,7 @@ def read_plan(
         stats = compiled.step.memory_analysis()
         results, temporaries = stats.output_size_in_bytes - stats.alias_size_in_bytes, stats.temp_size_in_bytes
         needed = stats.argument_size_in_bytes + results + temporaries
-        if needed > available and chip.target is None:
+        if needed > available and not chip.is_gpu:
             notes += (
                 f"the analysis of the compiler says {needed / GIB:.1f} GiB, in which it counts the gaps between "
                 "temporaries twice; it has placed them all in the memory of a chip",
@@ -386,7 +389,7 @@ def read_plan(
         gradients = 4 * sum(a.size for a in jax.tree.leaves(compiled.state.trainable)) / mesh.shape["fsdp"]
         roofline = estimate(topology, mesh, costs, read, gradients, useful, rows * seq_len)
     # The TPU compiler gives up where arguments and temporaries are more than a chip has, the GPU compiler does not.
-    fits = compiled.step is not None and (chip.target is None or needed <= available)
+    fits = compiled.step is not None and (not chip.is_gpu or needed <= available)
     if fits:
         notes += faster(config, model.config, tuned, mesh, available - needed)
     return Plan(
@@ -417,14 +420,20 @@ def read_plan(
 
 # --- roofline ---------------------------------------------------------------------------------------------------------
 
+
 def bandwidth(collective: hlo.Collective, topology: Topology, mesh: Mesh) -> float:
-    """Bytes that a chip sends a second in a collective: of GPUs over the network where it is one of several nodes."""
+    """Bytes that a chip sends a second in a collective. Between nodes of GPUs it runs in as many rings as it has GPUs
+    in each, of which every one leaves a node at another network adapter."""
     chip = topology.chip
-    if chip.target is None or topology.slices == 1:
+    if not chip.is_gpu or topology.slices == 1:
         return chip.ring_bandwidth
     node = [device.process_index for device in mesh.devices.flat]
-    is_inside = collective.groups and all(len({node[i] for i in group}) == 1 for group in collective.groups)
-    return chip.ring_bandwidth if is_inside else chip.network_bandwidth
+    groups = collective.groups or [list(range(mesh.size))]
+    spread = [(len(group), len({node[i] for i in group})) for group in groups]
+    if all(nodes == 1 for _, nodes in spread):
+        return chip.ring_bandwidth
+    rings = min(count / nodes for count, nodes in spread)
+    return min(chip.ring_bandwidth, rings * chip.network_bandwidth)
 
 
 def estimate(
@@ -446,7 +455,7 @@ def estimate(
         useful_flops: of the model without recomputation, on all chips.
         tokens: of a step.
     """
-    chip, is_gpu = topology.chip, topology.chip.target is not None
+    chip = topology.chip
     compute = costs.flops / chip.flops
     memory = read_bytes / chip.hbm_bandwidth
     taken = [(c, c.total_bytes / bandwidth(c, topology, mesh)) for c in costs.collectives]
@@ -454,10 +463,11 @@ def estimate(
     overlapped = sum(seconds for c, seconds in taken if c.overlapped)
     hidden = sum(seconds * c.hidden for c, seconds in taken)
     network = 0.0
-    if topology.slices > 1 and not is_gpu:
+    if topology.slices > 1 and not chip.is_gpu:
         network = 2 * (topology.slices - 1) / topology.slices * gradient_bytes / chip.network_bandwidth
     step = max(compute, memory, overlapped) + collective - overlapped + network
     wires = f"{chip.link_bandwidth / 1e9:.0f} GB/s a link and direction"
+    links = f"all {chip.links} links" if chip.is_gpu else "both directions of one ring of links"
     between = f"{chip.network_bandwidth / 1e9:g} GB/s a chip"
     return Roofline(
         compute_seconds=compute,
@@ -473,12 +483,11 @@ def estimate(
             f"{chip.generation}: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.hbm_bandwidth / 1e9:.0f} GB/s memory, "
             f"{wires} ({chip.source})",
             "matrix products at peak; weights are read once a pass, optimizer state read and written once",
-            f"collectives use {f'all {chip.links} links' if is_gpu else 'both directions of one ring of links'}, and "
-            "those the compiler overlaps with matrix products cost nothing unless they take longer than those; in the "
-            "cautious figure, than those beside them",
+            f"collectives use {links}, and those the compiler overlaps with matrix products cost nothing unless they "
+            "take longer than those; in the cautious figure, than those beside them",
             "copies to and from host memory cost nothing",
-            f"between nodes, collectives run at {between}"
-            if is_gpu
+            f"between nodes, collectives run at {between} for each that takes part, and no faster than within one"
+            if chip.is_gpu
             else f"between slices, the exchange of gradients is not overlapped and runs at {between}",
         ),
     )

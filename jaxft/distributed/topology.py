@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,13 @@ class Chip:
     target: "GpuTarget | None" = None
 
     @property
+    def is_gpu(self) -> bool:
+        return self.target is not None
+
+    @property
     def usable_bytes(self) -> int:
         """Memory that a program may have."""
-        if self.target is None:
+        if not self.is_gpu:
             return self.hbm_bytes - RESERVED_HBM
         return int(self.hbm_bytes * float(os.environ.get(MEMORY_FRACTION_VARIABLE) or GPU_MEMORY_FRACTION))
 
@@ -62,7 +66,7 @@ class Chip:
     def ring_bandwidth(self) -> float:
         """Bytes that a chip sends a second in a collective: of a TPU in both directions of one ring of links, of a GPU
         over all links."""
-        return self.link_bandwidth * (2 if self.target is None else self.links)
+        return self.link_bandwidth * (self.links if self.is_gpu else 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +174,7 @@ def parse_topology(name: str) -> Topology:
             f"{nearest(generation, CHIPS)}"
         )
     slices, size = int(found[1] or 1), found[3] or ""
-    if CHIPS[generation].target is not None:
+    if CHIPS[generation].is_gpu:
         if not (size or "1").isdigit() or not 1 <= int(size or 1) <= MOST_GPUS:
             raise TopologyError(
                 f'{generation} has no topology "{size}": expected 1 to {MOST_GPUS} GPUs of a node, such as '
@@ -262,16 +266,16 @@ def _loading(library: Path) -> Iterator[None]:
 CUDNN_VERSION = 91000  # that of GPUs that are not here
 CUDA_PLUGIN = "jax_plugins.xla_cuda13"
 MISSING_CUDA = (
-    "the GPU compiler, JAX's CUDA plugin, is not installed: pip install jax-cuda13-plugin=={version}, which is enough to "
-    'compile, or "jaxft[cuda]" with all that a GPU needs'
+    "the GPU compiler, JAX's CUDA plugin, is not installed: pip install jax-cuda13-plugin=={version}, which is enough "
+    'to compile, or "jaxft[cuda]" with all that a GPU needs'
 )
 
 
 def find_cuda_plugin() -> bool:
     """Whether JAX's CUDA plugin is there, which has the compiler for GPUs; compiling needs nothing else of CUDA.
 
-    It is a package of the environment, or lies in a folder `cuda` of it (`make test` fills it), which is then put on the
-    path: beside jax, the plugin alone would make jax complain of the rest of CUDA wherever it starts. jax looks for
+    It is a package of the environment, or lies in a folder `cuda` of it (`make test` fills it), which is then put on
+    the path: beside jax, the plugin alone would make jax complain of the rest of CUDA wherever it starts. jax looks for
     plugins once, when it first asks for devices, so that this comes before.
     """
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries that compiling does not need
@@ -307,7 +311,8 @@ def _target_text(chip: Chip) -> str:
           memory_bandwidth: {int(chip.hbm_bandwidth)} device_memory_size: {chip.hbm_bytes}
           cuda_compute_capability {{ major: {target.capability} feature_extension: {extension} }}
         }}
-        platform_name: "CUDA" dnn_version_info {{ major: {major} minor: {minor // 100} }} device_description_str: "{target.name}"
+        platform_name: "CUDA" device_description_str: "{target.name}"
+        dnn_version_info {{ major: {major} minor: {minor // 100} }}
     """
 
 
@@ -317,7 +322,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     Raises:
         TopologyError: the compiler is not installed, or does not know the topology.
     """
-    is_gpu = topology.chip.target is not None
+    is_gpu = topology.chip.is_gpu
     if is_gpu and not find_cuda_plugin():
         raise TopologyError(MISSING_CUDA.format(version=jax.__version__))
     library = None if is_gpu else compiler()
@@ -349,24 +354,23 @@ def _gpu_description(topology: Topology) -> Any:
 
 
 @contextmanager
-def assumed_cudnn() -> Iterator[None]:
-    """Meanwhile, where cuDNN is not installed, jax writes calls of it as if it were.
+def assumed_cudnn(devices: Iterable[jax.Device]) -> Iterator[None]:
+    """Meanwhile jax writes calls of cuDNN for GPUs of a topology as it would on them.
 
-    jax asks for its version when it traces one, although the program only names what is to be called. There is no
-    public way to tell it.
+    When it traces such a call it asks the cuDNN and the GPU that are here for their versions, although the program only
+    names what is to be called. There is no public way to tell it.
     """
     from jax._src.cudnn import fused_attention_stablehlo as library
 
-    installed = library.check_cudnn_version
-
-    def version() -> int:
-        try:
-            return installed()
-        except RuntimeError:
-            return CUDNN_VERSION
-
-    library.check_cudnn_version = version
+    kind = next(iter(devices)).device_kind
+    target = next((chip.target for chip in CHIPS.values() if chip.target and chip.target.name == kind), None)
+    if target is None or any(device.platform == "gpu" for device in jax.local_devices()):
+        yield
+        return
+    asked = library.check_cudnn_version, library.check_compute_capability
+    library.check_cudnn_version = lambda: CUDNN_VERSION
+    library.check_compute_capability = lambda least: target.capability >= float(least)
     try:
         yield
     finally:
-        library.check_cudnn_version = installed
+        library.check_cudnn_version, library.check_compute_capability = asked

@@ -7,11 +7,13 @@ import re
 import jax
 import jax.numpy as jnp
 from einops import repeat
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.errors import JaxftError, nearest
 from jaxft.models.dense_attention import dense_attention
-from jaxft.models.sharding import columns, num_shards, platform
+from jaxft.models.sharding import columns, mesh_axes, num_shards, platform, spec_of
 from jaxft.models.splash_attention import splash_attention, splash_obstacle
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -81,19 +83,45 @@ def attention(
         sliding_window=sliding_window,
     )
     if implementation == "cudnn":
-        # It skips what is not causal or outside of the window by itself; segments it takes as a mask only.
-        window = None if sliding_window is None else (sliding_window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            mask=None if segment_ids is None else mask[:, None],
-            scale=scale,
-            is_causal=causal,
-            local_window_size=window,
-            implementation="cudnn",
-        )
+        return _cudnn_attention(q, k, v, mask, segment_ids is not None, sliding_window, scale)
     return dense_attention(q, k, v, mask, scale, softcap)
+
+
+def _cudnn_attention(
+    q: Float[Array, "batch seq heads dim"],
+    k: Float[Array, "batch seq kv_heads dim"],
+    v: Float[Array, "batch seq kv_heads dim"],
+    mask: Bool[Array, "#batch seq seq"],
+    has_segments: bool,
+    sliding_window: int | None,
+    scale: float,
+) -> Float[Array, "batch seq heads dim"]:
+    """Causal attention by cuDNN, which skips what is not causal or lies outside of the window by itself, and takes
+    segments as a mask only.
+
+    Where `sequence` cuts rows each device computes its part with the keys of the whole row. What is not causal of that
+    is masked, and computed: the last part, for which the others wait, sees nearly all keys anyway.
+    """
+    parts = num_shards("sequence", q.shape[1])
+    window = None if sliding_window is None else (sliding_window - 1, 0)
+    kinds = {"is_causal": True, "local_window_size": window} if parts == 1 else {}
+    mask = mask[:, None] if has_segments or parts > 1 else None
+
+    def call(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn", **kinds)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return call(q, k, v, mask)
+    # Each device calls it for what it has: left to the compiler, rows are gathered around a conditional, and before the
+    # backward pass of one.
+    heads = "heads" if mesh_axes("heads", k.shape[2]) else None
+    queries = spec_of(q.shape, ("batch", "sequence", heads, None))
+    keys = spec_of(k.shape, ("batch", None, heads, None))
+    seen = (
+        None if mask is None else spec_of(mask.shape, ("batch" if mask.shape[0] > 1 else None, None, "sequence", None))
+    )
+    return jax.shard_map(call, in_specs=(queries, keys, keys, seen), out_specs=queries, check_vma=False)(q, k, v, mask)
 
 
 def key_copies(num_heads: int, num_kv_heads: int) -> int:
@@ -147,12 +175,11 @@ def _obstacle(
         return f"it computes in bfloat16 or float16, not in {q.dtype}"
     if softcap is not None:
         return "it has no soft cap"
-    if not causal or seq % 2:
+    if not causal or seq % (2 * num_shards("sequence", seq)):
         return "it is used for causal attention over an even number of positions only"
-    if head_dim % 8 or head_dim > 128:
-        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
-    if num_shards("sequence", seq) > 1:
-        return "the sequence is cut over the mesh"
+    most = 256 if fused_attention_stablehlo.check_compute_capability("9.0") else 128
+    if head_dim % 8 or head_dim > most:
+        return f"head_dim {head_dim} is not a multiple of 8 up to {most}"
     return None
 
 

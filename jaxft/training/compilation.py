@@ -27,10 +27,14 @@ _GATHERS_BESIDE_PRODUCTS: dict[str, Option] = {
 # What kernels multiply, the rows of experts, hides gathers, too (MaxDiffusion's scripts set the same). For v5p, whose
 # chips have two cores, libtpu crashes on it.
 _AND_BESIDE_KERNELS: dict[str, Option] = {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True}
-OPTIONS: Mapping[str, Mapping[str, Option]] = {  # by `jax.Device.device_kind`
+# Sums of gradients go on beside the next layer's products, as gathers do unasked. JAX's and NVIDIA's pages on the
+# performance of GPUs name it (docs/planning.md).
+_SUMS_BESIDE_PRODUCTS: dict[str, Option] = {"xla_gpu_enable_pipelined_all_reduce": True}
+OPTIONS: Mapping[str, Mapping[str, Option]] = {  # by `jax.Device.device_kind`, or how it begins
     "TPU v5 lite": _AND_BESIDE_KERNELS,
     "TPU v5": _GATHERS_BESIDE_PRODUCTS,
     "TPU v6 lite": _GATHERS_BESIDE_PRODUCTS | _AND_BESIDE_KERNELS,
+    "NVIDIA": _SUMS_BESIDE_PRODUCTS,
 }
 # Else libtpu takes one iteration out of a loop that copies from host memory, and compiles its body twice.
 _FETCHES_AHEAD: dict[str, Option] = {"xla_tpu_pipeline_memory_host_transfers": False}
@@ -50,15 +54,16 @@ def compiler_options(
 ) -> dict[str, Option]:
     """What XLA is told when it compiles a train step for the devices of `mesh`: `OPTIONS`, and `own` before them.
 
-    `ahead` says that the step `fetches_ahead`. An option of ours that `LIBTPU_INIT_ARGS` sets is left to it. Names
-    change between versions of the compiler: where it does not know one of ours, all are left out, with a warning.
+    `ahead` says that the step `fetches_ahead`. An option of ours that `LIBTPU_INIT_ARGS` or `XLA_FLAGS` sets is left to
+    it. Names change between versions of the compiler: where it does not know one of ours, all are left out, with a
+    warning.
 
     Raises:
         JaxftError: the compiler refuses one of `own`; says which, and why.
     """
-    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    flags = " ".join(os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"))
     kind = mesh.devices.flat[0].device_kind
-    usual = dict(OPTIONS.get(kind, {})) if mesh.size > 1 else {}
+    usual = dict(OPTIONS.get("NVIDIA" if kind.startswith("NVIDIA") else kind, {})) if mesh.size > 1 else {}
     if ahead and kind.startswith("TPU"):
         usual |= _FETCHES_AHEAD
     usual = {k: v for k, v in usual.items() if k not in own and not re.search(rf"--{k}(=|\s|$)", flags)}

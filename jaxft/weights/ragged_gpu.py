@@ -116,7 +116,7 @@ def _product_kernel(
                 right = _load(w.at[group, pl.ds(column, side), pl.ds(at, depth)], _masked(is_column, is_summed))
             else:
                 right = _load(w.at[group, pl.ds(at, depth), pl.ds(column, side)], _masked(is_summed, is_column))
-            return total + pl.dot(left, right, trans_b=is_transposed)
+            return total + triton.dot(left, right, trans_b=is_transposed)
 
         total = lax.fori_loop(0, pl.cdiv(summed, depth), add, jnp.zeros((height, side), jnp.float32))
         place = y.at[pl.ds(first, height), pl.ds(column, side)]
@@ -134,7 +134,7 @@ def _outer_kernel(x: Any, g: Any, firsts: Any, ends: Any, result: Any, *, height
         is_summed = _mask(at, depth, end)
         left = _load(x.at[pl.ds(at, depth), pl.ds(row, height)], _masked(is_summed, is_row))
         right = _load(g.at[pl.ds(at, depth), pl.ds(column, side)], _masked(is_summed, is_column))
-        return total + pl.dot(left, right, trans_a=True)
+        return total + triton.dot(left, right, trans_a=True)
 
     total = lax.fori_loop(0, pl.cdiv(end - first, depth), add, jnp.zeros((height, side), jnp.float32))
     place = result.at[group, pl.ds(row, height), pl.ds(column, side)]

@@ -203,7 +203,7 @@ def test_a_product_hides_what_is_sent_meanwhile():
     module = hlo.parse(text)
 
     def hidden(flops_per_byte):
-        found = hlo.costs(module, flops_per_byte=flops_per_byte).collectives
+        found = hlo.costs(module, flops_meanwhile=lambda c: c.bytes_sent * flops_per_byte).collectives
         return {kind: [c.hidden for c in found if c.kind == kind] for kind in {c.kind for c in found}}
 
     convolution, product, sent = 2 * 2048 * 4 * 128 * 256 * 2, 2 * 8 * 4 * 16, 256 * 64 * 2
@@ -225,7 +225,7 @@ def test_a_gather_is_spread_over_a_loop():
     convolution, gathered, permuted = 2 * 2048 * 4 * 128 * 256 * 2, 1024 * 64 * 2 * 3 / 4, 256 * 64 * 2
 
     def gather(text, flops_per_byte):
-        found = hlo.costs(hlo.parse(text), flops_per_byte=flops_per_byte).collectives
+        found = hlo.costs(hlo.parse(text), flops_meanwhile=lambda c: c.bytes_sent * flops_per_byte).collectives
         (one,) = (c for c in found if c.kind == "all-gather")
         assert one.times == 1 and one.overlapped
         return one.hidden
@@ -275,19 +275,29 @@ def test_padding_of_a_convolution_costs_nothing():
     assert hlo.convolution_flops(operation, scope) == 2 * 2048 * (4 * 128) * (2 * 256)
 
 
+MESH = "replica_groups=mesh['axis_0'=4,'axis_1'=2]"
+
+
 @pytest.mark.parametrize(
-    ("text", "size"),
+    ("text", "groups"),
     [
-        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
-        ("replica_groups=[2,8]<=[16]", 8),
-        ("replica_groups=[8,2]<=[4,4]T(1,0)", 2),
-        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}", 8),
-        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", 2),
-        ("dimensions={0}", 0),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups=[2,4]<=[8], dimensions={1}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (MESH + " {'axis_0','axis_1'}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        (MESH + " {'axis_1'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (MESH + " {'axis_0'}, dimensions={0}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (MESH + ", device_ids=([2,4]T(1,0)) {'axis_1'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (MESH + ", device_ids=(7,6,5,4,3,2,1,0) {'axis_1'}", [[7, 6], [5, 4], [3, 2], [1, 0]]),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2,'axis_0':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("dimensions={0}", []),
+        ("replica_groups={}", []),
     ],
 )
-def test_group_sizes(text, size):
-    assert hlo.group_size(text) == size
+def test_which_devices_exchange_something(text, groups):
+    assert hlo.replica_groups(text) == groups
 
 
 def test_text_that_is_no_module_is_refused():

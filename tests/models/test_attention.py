@@ -391,3 +391,48 @@ def test_cudnn_is_called_for_a_gpu_that_is_not_here(segmented, kind, monkeypatch
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     assert re.findall(r"@__cudnn\$fmha(\w+)", text) == [f"{kind}Softmax", f"{kind}SoftmaxBackward"]
+
+
+@pytest.mark.parametrize(
+    ("axes", "segmented", "sliding_window"),
+    [
+        ({"fsdp": 2, "sequence": 2, "tensor": 2}, True, 40),
+        ({"fsdp": 2, "sequence": 2, "tensor": 2}, False, None),
+        ({"sequence": 2, "tensor": 4}, False, None),  # two key/value heads for four devices: each has one
+        ({"fsdp": 2, "tensor": 2}, True, 40),
+        ({"fsdp": 4, "tensor": 2}, False, None),  # two rows do not divide: every device has both
+    ],
+)
+def test_each_device_calls_cudnn_for_its_rows_parts_and_heads(axes, segmented, sliding_window, monkeypatch):
+    """What cuDNN is asked for is computed by XLA here, of the same arguments."""
+    calls, plain = [], jax.nn.dot_product_attention
+
+    def call(q, k, v, *, implementation, **others):
+        calls.append((q.shape, k.shape))
+        assert implementation == "cudnn"
+        return plain(q, k, v, implementation="xla", **others)
+
+    monkeypatch.setattr(sys.modules[attention.__module__], "platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+    q, k, v = inputs(seq=128, dim=64, dtype=jnp.bfloat16)
+    segments = packed(2, 128) if segmented else None
+    given = {"positions": positions_of(segments) if segmented else np.arange(128)[None], "segment_ids": segments}
+    real = (segments > 0)[:, :, None, None] if segmented else 1.0
+
+    def loss(q, k, v, implementation):
+        out = attention(q, k, v, **given, sliding_window=sliding_window, implementation=implementation)
+        out = out.astype(jnp.float32) * real
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+    expected = run(q, k, v, "xla")
+    sizes = {axis: axes.get(axis, 1) for axis in ("data", "fsdp", "sequence", "tensor", "expert")}
+    devices = jax.devices()[: math.prod(axes.values())]
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
+    with jax.set_mesh(mesh):
+        found = run(q, k, v, "cudnn")
+    rows = 2 // axes.get("fsdp", 1) or 2
+    positions, heads = 128 // axes.get("sequence", 1), 4 // axes["tensor"]
+    assert set(calls) == {((rows, positions, heads, 64), (rows, 128, max(2 // axes["tensor"], 1), 64))}
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.06, rtol=0.02)
