@@ -8,6 +8,7 @@ after every job to `benchmarks/results/gpu-DEVICE.json` and `.md`, so that a run
     python benchmarks/gpu.py                          # needs jax[cuda13]; the peer is left out where torch has no CUDA
     python benchmarks/gpu.py --models llama3.2-1b --methods lora --minutes 3
     python benchmarks/gpu.py --smoke                  # the same on a CPU with tiny shapes, in a minute: does it run?
+    python benchmarks/gpu.py --compile-for h200       # jaxft's steps compiled for a GPU that is not here: do they fit?
 """
 
 import argparse
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs import FOLDER, Job, JobFailed, Worker, model_flops_of
+from jobs import FOLDER, Job, JobFailed, Worker, compile_for, model_flops_of
 
 # Dense bfloat16 (float32 accumulation) TFLOP/s, from NVIDIA's data sheets. Where those name the rate "with sparsity"
 # it is halved. The first name that is part of the device's kind counts.
@@ -155,12 +156,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="no job starts or goes on after so long")
     parser.add_argument("--limit", type=float, default=90, help="the most seconds one job may take")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU: whether it runs, not how fast")
+    parser.add_argument("--compile-for", metavar="GPU", help="only compile, for one that jaxft plan knows")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="where the figures go")
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"  # this process only counts FLOPs; the device is for those it starts
     end = time.monotonic() + 60 * options.minutes
     models = {"tiny": "none"} if options.smoke else {m: MODELS.get(m, "block") for m in options.models}
     batch, seq_len = (2, 16) if options.smoke else (options.batch, options.seq_len)
+    if options.compile_for:
+        for name, job in jobs_of(models, options.methods, batch, seq_len, options.smoke).items():
+            if job.framework == "jax":
+                print(f"{name}: {described(compile_for(job, options.compile_for))}", flush=True)
+        return
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": None, "batch": batch, "seq_len": seq_len, "dtype": "float32" if options.smoke else "bfloat16",
@@ -198,6 +205,16 @@ def main() -> None:
         (options.results / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
         (options.results / f"{stem}.md").write_text(table(record))
     print(table(record) if record["jobs"] else "Nothing ran here.")
+
+
+def described(found: dict[str, Any]) -> str:
+    """What is known of a step that was compiled and has not run."""
+    gib = (found["state_bytes"] + found["temporary_bytes"]) / 2**30
+    return (
+        f"{gib:.2f} GiB ({found['temporary_bytes'] / 2**30:.2f} of them temporary), {found['flops'] / 1e12:.1f} TFLOP, "
+        f"{found['flops'] / found['model_flops']:.3f} times those of the model, {found['attention']} attention, "
+        f"compiled in {found['compile_seconds']:.0f} s"
+    )
 
 
 def unusable(job: Job, found: dict[str, Any]) -> str | None:

@@ -74,45 +74,99 @@ def model_flops_of(job: Job) -> float:
 # --- the process that is measured -------------------------------------------------------------------------------------
 
 
-def prepare(job: Job) -> tuple[Callable[[], float], dict[str, Any]]:
-    """As `torch_peer.prepare`, for jaxft: the very train step that `jaxft train` runs."""
-    import jax
+def parts_of(job: Job) -> dict[str, Any]:
+    """The model, the method, the optimizer, the precision and the loss of a job."""
     import jax.numpy as jnp
-    import numpy as np
     import optax
 
-    from jaxft.distributed import MeshConfig, make_mesh, shard_batch
     from jaxft.models import LanguageModel
     from jaxft.training.loss import language_model_loss
     from jaxft.training.precision import Precision
-    from jaxft.training.state import abstract, init_state, shardings_of
+
+    model, dtype = LanguageModel(decoder_config(job.model)), jnp.dtype(job.dtype)
+    return {
+        "model": model,
+        "method": method_of(job),
+        "optimizer": optax.adamw(1e-4),
+        # The factors of LoRA are float32 masters, as in peft; what trains of the model itself has the model's dtype.
+        "precision": Precision("float32" if job.method == "lora" else job.dtype, job.dtype, job.dtype),
+        "loss": language_model_loss(model, remat=job.remat, compute_dtype=dtype),
+    }
+
+
+def compiled_step(parts: dict[str, Any], state: Any, frozen: Any, batch: Any, mesh: Any) -> tuple[Any, dict[str, Any]]:
+    """The very train step that `jaxft train` runs, for these shapes, and what is known of it."""
+    import jax
+
+    from jaxft.distributed.topology import assumed_cudnn
+    from jaxft.training.state import shardings_of
     from jaxft.training.step import make_train_step
+
+    step = make_train_step(
+        parts["loss"], parts["method"], parts["optimizer"], clip_norm=1.0, shardings=shardings_of(state)
+    )
+    begin = time.perf_counter()
+    with jax.set_mesh(mesh), assumed_cudnn(mesh.devices.flat):
+        compiled = step.lower(state, frozen, batch).compile()
+    memory = compiled.memory_analysis()
+    return compiled, {
+        "attention": "cudnn" if "__cudnn$fmha" in compiled.as_text() else "xla",
+        "compile_seconds": time.perf_counter() - begin,
+        "state_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def compile_for(job: Job, gpu: str) -> dict[str, Any]:
+    """What is known of a job's step compiled for a GPU that is not here, by name ("h200"): nothing runs."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxft.distributed import MeshConfig, hlo, make_mesh
+    from jaxft.distributed.flops import kernel_flops, trained_share
+    from jaxft.distributed.topology import parse_topology, topology_devices
+    from jaxft.partition import combine
+    from jaxft.training.state import abstract_state, tuned_of
+
+    parts = parts_of(job)
+    model, mesh = parts["model"], make_mesh(MeshConfig(), topology_devices(parse_topology(gpu)))
+    state, frozen = abstract_state(
+        parts["method"], model.abstract(jnp.dtype(job.dtype)), parts["optimizer"], jax.random.key(1), mesh,
+        logical_axes=model.logical_axes(), precision=parts["precision"],
+    )  # fmt: skip
+    place = NamedSharding(mesh, PartitionSpec())
+    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    batch = {k: jax.ShapeDtypeStruct((job.batch, job.seq_len), kind, sharding=place) for k, kind in kinds.items()}
+    compiled, facts = compiled_step(parts, state, frozen, batch, mesh)
+    kernels = kernel_flops(model.config, job.batch, job.seq_len, mesh)
+    taken = trained_share(combine(tuned_of(state, frozen)))
+    flops = hlo.costs(hlo.parse(compiled.as_text()), taken=taken, kernels=kernels).flops
+    return facts | {"flops": flops, "model_flops": model_flops_of(job)}
+
+
+def prepare(job: Job) -> tuple[Callable[[], float], dict[str, Any]]:
+    """As `torch_peer.prepare`, for jaxft."""
+    import jax
+    import numpy as np
+
+    from jaxft.distributed import MeshConfig, make_mesh, shard_batch
+    from jaxft.training.state import abstract, init_state
 
     if jax.default_backend() != job.device:
         raise RuntimeError(f"JAX runs on {jax.default_backend()}, not on {job.device}")
-    model = LanguageModel(decoder_config(job.model))
-    dtype = jnp.dtype(job.dtype)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    params = jax.jit(lambda: model.init(jax.random.key(0), dtype))()
-    method = method_of(job)
-    optimizer = optax.adamw(1e-4)
-    # The factors of LoRA are float32 masters, as in peft; what trains of the model itself has the model's dtype.
-    precision = Precision("float32" if job.method == "lora" else job.dtype, job.dtype, job.dtype)
+    parts = parts_of(job)
+    model, mesh = parts["model"], make_mesh(MeshConfig(), jax.devices()[:1])
+    params = jax.jit(lambda: model.init(jax.random.key(0), np.dtype(job.dtype)))()
     state, frozen = init_state(
-        method, params, optimizer, jax.random.key(1), mesh,
-        logical_axes=model.logical_axes(), precision=precision, donate=True,
+        parts["method"], params, parts["optimizer"], jax.random.key(1), mesh,
+        logical_axes=model.logical_axes(), precision=parts["precision"], donate=True,
     )  # fmt: skip
     del params
     rows = np.random.default_rng(0).integers(0, model.config.vocab_size, (job.batch, job.seq_len + 1), np.int32)
     batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": np.ones(rows[:, 1:].shape, np.float32)}
     batch = shard_batch(batch, mesh)
-    loss = language_model_loss(model, remat=job.remat, compute_dtype=dtype)
-    step = make_train_step(loss, method, optimizer, clip_norm=1.0, shardings=shardings_of(state))
-    begin = time.perf_counter()
-    with jax.set_mesh(mesh):
-        compiled = step.lower(abstract(state), abstract(frozen), abstract(batch)).compile()
-    seconds = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
+    compiled, facts = compiled_step(parts, abstract(state), abstract(frozen), abstract(batch), mesh)
     held = [state]
 
     def one() -> float:
@@ -120,15 +174,11 @@ def prepare(job: Job) -> tuple[Callable[[], float], dict[str, Any]]:
         return float(metrics["loss"])  # waits for the device
 
     device = jax.devices()[0]
-    facts = {
+    facts |= {
         "parameters": sum(a.size for a in jax.tree.leaves(model.abstract())),
         "trained_parameters": sum(a.size for a in jax.tree.leaves(state.trainable)),
         "gradient_bytes": sum(a.nbytes for a in jax.tree.leaves(state.trainable)),
         "optimizer_bytes": sum(a.nbytes for a in jax.tree.leaves(state.opt_state)),
-        "attention": "cudnn" if "__cudnn$fmha" in compiled.as_text() else "xla",
-        "compile_seconds": seconds,
-        "state_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
         "peak_bytes": (lambda: device.memory_stats()["peak_bytes_in_use"]) if job.device == "gpu" else None,

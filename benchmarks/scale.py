@@ -1,10 +1,11 @@
-"""The tables of docs/scale.md: what jobs need on TPU topologies, read from train steps compiled ahead of time.
+"""The tables of docs/scale.md: what jobs need on TPUs and GPUs, read from train steps compiled ahead of time.
 
     python benchmarks/scale.py                  # compile the rows that have no result yet, write docs/scale.md
     python benchmarks/scale.py --only 70b       # only rows whose name contains it
     python benchmarks/scale.py --again          # compile all rows again
 
-A row takes one to two minutes on two idle cores and needs the TPU compiler (`pip install "jaxft[tpu]"`), no TPU.
+A row takes one to two minutes on two idle cores and needs the TPU compiler (`pip install "jaxft[tpu]"`), no TPU; one of
+GPUs takes some seconds and needs the GPU compiler (docs/planning.md), no GPU.
 Results are kept in benchmarks/results/scale.json, one row at a time, so an interrupted run goes on where it stopped.
 """
 
@@ -96,6 +97,36 @@ LADDER: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
     )
 }
 
+MIXTURE = ("model.path=preset:qwen3-30b-a3b", "mesh=auto")
+GPUS: dict[str, tuple[str, str, tuple[str, ...], float | None]] = {
+    "gpu 1b full": ("llama3.1-8b-full", "h200", ("model.path=preset:llama3.2-1b", "mesh=auto"), None),
+    "gpu 8b full, one GPU": ("llama3.1-8b-full", "h200", ("mesh=auto",), None),
+    "gpu 8b lora, one GPU": ("llama3.1-8b-lora", "h100", ("mesh=auto",), None),
+    "gpu 8b full": ("llama3.1-8b-full", "h100:8", ("mesh=auto",), None),
+    "gpu 8b hft": ("llama3.1-8b-hft", "h100:8", ("mesh={fsdp: 8}",), None),
+    "gpu 8b lora": ("llama3.1-8b-lora", "h100:8", ("mesh={fsdp: 8}",), None),
+    "gpu 8b lora, a copy on each GPU": ("llama3.1-8b-lora", "h100:8", ("mesh=auto",), None),
+    "gpu 8b lora, A100": ("llama3.1-8b-lora", "a100:8", ("mesh={fsdp: 8}",), None),
+    "gpu 8b lora, B200": ("llama3.1-8b-lora", "b200:8", ("mesh={fsdp: 8}",), None),
+    "gpu 8b shira": ("llama3.1-8b-lora", "h100:8", ("method={name: shira}", "mesh={fsdp: 8}"), None),
+    "gpu 8b prompt-tuning": ("llama3.1-8b-lora", "h100:8", ("method={name: prompt-tuning}", "mesh={fsdp: 8}"), None),
+    "gpu 8b full, tensor 2": ("llama3.1-8b-full", "h100:8", ("mesh={fsdp: 4, tensor: 2}",), None),
+    "gpu 8b full, 2 nodes": ("llama3.1-8b-full", "2*h100:8", ("mesh={fsdp: 16}",), None),
+    "gpu 8b full, 2 nodes, a copy on each": (
+        "llama3.1-8b-full", "2*h100:8", ("mesh={data: 2, dcn: 2, fsdp: 8}",), None,
+    ),
+    "gpu 8b lora, rows of 32,768, sequence 2": (
+        "llama3.1-8b-lora", "h100:8", ("mesh={fsdp: 4, sequence: 2}", "data.seq_len=32768", "data.batch_size=8"), None,
+    ),
+    "gpu 70b lora": ("llama3.1-70b-lora", "h200:8", ("mesh=auto", "data.batch_size=64"), None),
+    "gpu 70b full, 8 nodes": ("llama3.1-70b-full", "8*h200:8", ("mesh={fsdp: 64}", "data.batch_size=64"), None),
+    "gpu gemma3 4b lora": ("llama3.1-8b-lora", "h100:8", ("model.path=preset:gemma3-4b", "mesh=auto"), None),
+    "gpu qwen3 30b-a3b lora": ("llama3.1-8b-lora", "h100:8", MIXTURE, None),
+    "gpu qwen3 30b-a3b full": ("llama3.1-8b-full", "h200:8", MIXTURE, None),
+    "gpu mixtral 8x7b lora": ("llama3.1-8b-lora", "h100:8", ("model.path=preset:mixtral-8x7b", "mesh=auto"), None),
+}  # fmt: skip
+ALL = ROWS | LADDER | GPUS
+
 
 def compile_row(config: str, topology: str, overrides: tuple[str, ...]) -> dict:
     """`jaxft plan --json` of one row, in a process of its own: what it allocated is free afterwards."""
@@ -114,24 +145,24 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page from the results there are")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, (config, topology, overrides, _) in (ROWS | LADDER).items():
+    for name, (config, topology, overrides, _) in ALL.items():
         if options.page or options.only not in name or (name in results and not options.again):
             continue
         print(f"{name}: {config} on {topology} ...", flush=True)
         found = compile_row(config, topology, overrides)
-        results[name] = found | {"date": datetime.date.today().isoformat(), "versions": versions()}
+        results[name] = found | {"date": datetime.date.today().isoformat(), "versions": versions(name in GPUS)}
         print(f"  {found['hbm_gib_per_chip']:.2f} GiB a chip, compiled in {found['compile_seconds']:.0f} s", flush=True)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results, peers.kept()))
 
 
-def versions() -> str:
-    """The packages that decide the figures; libtpu may lie in a folder of its own."""
-    folder = compiler()
-    beside = [str(folder.parent.parent)] if folder else []
-    found = {d.name: d.version for d in distributions(path=[*beside, *sys.path]) if d.name in ("jax", "libtpu")}
-    return ", ".join(f"{package} {found.get(package, 'unknown')}" for package in ("jax", "libtpu"))
+def versions(is_gpu: bool) -> str:
+    """The packages that decide the figures; compilers may lie in folders of their own."""
+    library, names = compiler(), ("jax", "jax-cuda13-plugin" if is_gpu else "libtpu")
+    beside = [f"{sys.prefix}/cuda", *([str(library.parent.parent)] if library else [])]
+    found = {d.name: d.version for d in distributions(path=[*beside, *sys.path]) if d.name in names}
+    return ", ".join(f"{package} {found.get(package, 'unknown')}" for package in names)
 
 
 HEAD = """# Scale
@@ -156,7 +187,8 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
 - **compile**: seconds on the machine of that day, and of CPU time. Another one of two cores took three times as long.
 - 70b hft keeps the inputs of its layers in host memory (`remat: offload`), 5 GiB a chip.
 - Everything is bfloat16 unless the row says that what trains has float32 masters and moments.
-
+"""
+COLUMNS = """
 | job | chips | tokens | HBM (goal) | state | temporary | host | FLOPs | sent | hidden | best | cautious | compile |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
@@ -164,8 +196,24 @@ run, compiled ahead of time by `jaxft plan`. Written by `python benchmarks/scale
 
 def page(results: dict, beside: dict) -> str:
     """The Markdown page of all rows that have a result, and of other libraries (`peers.kept`)."""
+    missing = [name for name in ALL if name not in results]
+    notes = [f"\nCompiled with {'; '.join(sorted({r['versions'] for r in results.values()}))}."] if results else []
+    for day in sorted({row["date"] for row in results.values()}):
+        names = [name for name in ALL if results.get(name, {}).get("date") == day]
+        notes.append(f"\nOf {day}: {'; '.join(names)}.")
+    if missing:
+        notes.append(f"\nNot compiled yet: {'; '.join(missing)}.")
+    gpus = table(GPUS, results)
+    return (
+        HEAD + COLUMNS + table(ROWS, results) + "\n".join(notes) + "\n" + ladder(results)
+        + (GPU_HEAD + COLUMNS.replace("chips", "GPUs") + gpus if gpus else "") + peers.section(beside)
+    )  # fmt: skip
+
+
+def table(rows: dict[str, tuple[str, str, tuple[str, ...], float | None]], results: dict) -> str:
+    """The lines of those that have a result."""
     lines = []
-    for name, (_, topology, _, goal) in ROWS.items():
+    for name, (_, topology, _, goal) in rows.items():
         row = results.get(name)
         if row is None:
             continue
@@ -174,7 +222,8 @@ def page(results: dict, beside: dict) -> str:
         best, waits = row["roofline"], sum(row.get("host_gib", {}).values())
         host = f"{waits:.2f}" if waits else ""
         lines.append(
-            f"| {name} | {topology} | {row['tokens_per_step'] // 1024}k | **{row['hbm_gib_per_chip']:.2f}**"
+            f"| {name.removeprefix('gpu ')} | {topology} | {row['tokens_per_step'] // 1024}k | "
+            f"**{row['hbm_gib_per_chip']:.2f}**"
             f"{f' ({goal:g})' if goal else ''}{'' if row['fits'] else ', does not fit'} | {state:.2f} | "
             f"{memory['temporaries'] + memory['results']:.2f} | {host} | "
             + (
@@ -184,17 +233,18 @@ def page(results: dict, beside: dict) -> str:
                 if best
                 else "| | | | | "
             )
-            + f"{row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f}) |"
+            + f"{row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f}) |\n"
         )
-    missing = [name for name in ROWS | LADDER if name not in results]
-    notes = [f"\nCompiled with {', '.join(sorted({r['versions'] for r in results.values()}))}."] if results else []
-    for day in sorted({row["date"] for row in results.values()}):
-        names = [name for name in ROWS | LADDER if results.get(name, {}).get("date") == day]
-        notes.append(f"\nOf {day}: {'; '.join(names)}.")
-    if missing:
-        notes.append(f"\nNot compiled yet: {'; '.join(missing)}.")
-    return HEAD + "\n".join(lines) + "\n" + "\n".join(notes) + "\n" + ladder(results) + peers.section(beside)
+    return "".join(lines)
 
+
+GPU_HEAD = """
+## GPUs
+
+The same by XLA's GPU compiler, without a GPU ([GPUs](planning.md#gpus)): columns as above. A GPU sends over all of its
+NVLinks; of several nodes each GPU has a network adapter of 400 Gbit/s. Attention is cuDNN's; what it needs besides,
+and what autotuning would change on a GPU, is not known here. None of these programs has run.
+"""
 
 LADDER_HEAD = """
 ## From 16 to 4,096 chips

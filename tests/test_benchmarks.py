@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxft.distributed.topology import MISSING_CUDA, find_cuda_plugin
 from tests.environment import xla_flags
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -58,6 +59,17 @@ def test_a_job_runs_in_its_own_process_and_says_why_it_fails(bench):
     with jobs.Worker(job(bench, "jax", "full")) as worker:
         with pytest.raises(jobs.JobFailed, match="no answer"):
             worker.ready(0.01)
+
+
+@pytest.mark.skipif(not find_cuda_plugin(), reason=MISSING_CUDA)
+@pytest.mark.parametrize("method", ["lora", "hft"])
+def test_the_step_of_the_gpu_benchmark_compiles_for_one_that_is_not_here(bench, method):
+    gpu = bench["gpu"]
+    jobs = gpu.jobs_of({"llama3.2-1b": "none"}, [method], 4, 2048, smoke=False)
+    found = bench["jobs"].compile_for(jobs[f"llama3.2-1b {method} jax"], "h200")
+    assert found["attention"] == "cudnn" and 1 <= found["flops"] / found["model_flops"] < 1.03
+    assert found["state_bytes"] + found["temporary_bytes"] < 141e9
+    assert "cudnn attention" in gpu.described(found)
 
 
 def test_a_gpu_run_that_finds_no_gpu_says_so_and_the_page_says_what_is_known(bench, tmp_path):

@@ -264,7 +264,7 @@ def _loading(library: Path) -> Iterator[None]:
 
 
 CUDNN_VERSION = 91000  # that of GPUs that are not here
-CUDA_PLUGIN = "jax_plugins.xla_cuda13"
+CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 MISSING_CUDA = (
     "the GPU compiler, JAX's CUDA plugin, is not installed: pip install jax-cuda13-plugin=={version}, which is enough "
     'to compile, or "jaxft[cuda]" with all that a GPU needs'
@@ -280,10 +280,10 @@ def find_cuda_plugin() -> bool:
     """
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries that compiling does not need
     folder = Path(sys.prefix, "cuda")
-    if not _is_installed(CUDA_PLUGIN) and folder.is_dir() and str(folder) not in sys.path:
+    if not any(map(_is_installed, CUDA_PLUGINS)) and folder.is_dir() and str(folder) not in sys.path:
         sys.path.append(str(folder))
         importlib.invalidate_caches()
-    return _is_installed(CUDA_PLUGIN)
+    return any(map(_is_installed, CUDA_PLUGINS))
 
 
 def _is_installed(module: str) -> bool:

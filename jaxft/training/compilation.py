@@ -27,8 +27,8 @@ _GATHERS_BESIDE_PRODUCTS: dict[str, Option] = {
 # What kernels multiply, the rows of experts, hides gathers, too (MaxDiffusion's scripts set the same). For v5p, whose
 # chips have two cores, libtpu crashes on it.
 _AND_BESIDE_KERNELS: dict[str, Option] = {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True}
-# Sums of gradients go on beside the next layer's products, as gathers do unasked. JAX's and NVIDIA's pages on the
-# performance of GPUs name it (docs/planning.md).
+# Sums of gradients go on beside the next layer's products, as gathers do unasked. NVIDIA's JAX-Toolbox names it for
+# FSDP (rosetta/docs/GPU_performance.md), with two for gathers and scatters that made steps of 8B compute more.
 _SUMS_BESIDE_PRODUCTS: dict[str, Option] = {"xla_gpu_enable_pipelined_all_reduce": True}
 OPTIONS: Mapping[str, Mapping[str, Option]] = {  # by `jax.Device.device_kind`, or how it begins
     "TPU v5 lite": _AND_BESIDE_KERNELS,

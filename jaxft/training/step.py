@@ -11,12 +11,13 @@ from jaxtyping import Array
 from jaxft.distributed.mesh import torus_stages
 from jaxft.errors import JaxftError
 from jaxft.methods.base import Method, wrap_optimizer
+from jaxft.models.sharding import platform
 from jaxft.partition import Tuned, combine
 from jaxft.training.compilation import Option, compiler_options
 from jaxft.training.loss import Batch, Loss
 from jaxft.training.offload import in_turns
 from jaxft.training.state import TrainState, tuned_of
-from jaxft.weights.memory import fetch
+from jaxft.weights.memory import fetch, in_host_memory
 from jaxft.weights.reduction import scattered_in
 from jaxft.weights.training import in_training
 
@@ -89,6 +90,17 @@ def summed_gradients(
     if shardings is not None:
         zeros = (*zeros[:3], jax.lax.with_sharding_constraint(zeros[3], shardings))
     return jax.lax.scan(body, zeros, (jnp.arange(accumulation), pieces))[0]
+
+
+def _if_finite(finite: Array, update: Callable[..., tuple], gradients: Tree, old: tuple[Tree, Any]) -> tuple[Tree, Any]:
+    """`update(gradients, *old)`, or `old` where the step is not finite.
+
+    By a branch, since a selection between old and new leaves would keep both alive on a TPU: a copy of every moment. On
+    a GPU it is the other way round: XLA copies all that a branch returns, and selects in place.
+    """
+    if platform() != "gpu" or any(map(in_host_memory, jax.tree.leaves(old))):
+        return jax.lax.cond(finite, update, lambda gradients, *old: old, gradients, *old)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(gradients, *old), old)
 
 
 def make_train_step(
@@ -164,11 +176,8 @@ def make_train_step(
                 lambda n, o: n if n.dtype == o.dtype else n.astype(o.dtype), new, (trainable, opt_state)
             )
 
-        # A branch, not a selection between old and new leaves, which would keep both alive: a copy of every moment.
         run = update if shardings is None else in_turns(update, shardings.opt_state)
-        trainable, opt_state = jax.lax.cond(
-            finite, run, lambda gradients, *old: old, gradients, state.trainable, state.opt_state
-        )
+        trainable, opt_state = _if_finite(finite, run, gradients, (state.trainable, state.opt_state))
         skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
         metrics["skipped"] = skipped
         if schedule is not None:
