@@ -142,6 +142,18 @@ def test_attention_is_that_of_cudnn_where_it_can_compute_it(where, head_dim, is_
 
 
 @needs_compiler
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_step_writes_its_state_in_place(method, directory):
+    """Nothing returns a copy of parameters or moments; what is left of a stack are its gradients."""
+    wanted = config(directory, f"{{name: {method}}}", "mesh.fsdp=1", "data.batch_size=1")
+    model, _, text = compiled(wanted, "h100")
+    module = hlo.parse(text)
+    stack = 2 * LAYERS * DIM * INNER
+    large = [op for op in module.computations[module.entry] if hlo.num_bytes(op.shapes) >= stack]
+    assert {"copy", "conditional"}.isdisjoint(op.opcode for op in large)
+
+
+@needs_compiler
 def test_rows_that_are_cut_have_no_scores_in_memory(directory):
     """Each GPU has the scores of its positions with all keys in tiles only."""
     wanted = config(directory, "{name: lora}", "data.seq_len=2048", "mesh={fsdp: 2, sequence: 2}")

@@ -1,6 +1,7 @@
 """The train step: normalisation, what changes and what does not, its memory."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,9 @@ def test_no_array_of_a_frozen_matrix_shape_is_computed():
 # --- steps that must do nothing ---------------------------------------------------------------------------------------
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(platform, monkeypatch):
+    monkeypatch.setattr(sys.modules[make_train_step.__module__], "platform", lambda: platform)
     state, frozen, make, _ = start(full(), optax.adamw(1e-2))
     step = make(LOSS, schedule=optax.linear_schedule(1.0, 0.0, 10), clip_norm=1.0)
     state, _ = step(state, frozen, make_batch())
