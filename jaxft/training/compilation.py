@@ -27,14 +27,18 @@ _GATHERS_BESIDE_PRODUCTS: dict[str, Option] = {
 # What kernels multiply, the rows of experts, hides gathers, too (MaxDiffusion's scripts set the same). For v5p, whose
 # chips have two cores, libtpu crashes on it.
 _AND_BESIDE_KERNELS: dict[str, Option] = {"xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True}
-# Sums of gradients go on beside the next layer's products, as gathers do unasked. NVIDIA's JAX-Toolbox names it for
-# FSDP (rosetta/docs/GPU_performance.md), with two for gathers and scatters that made steps of 8B compute more.
-_SUMS_BESIDE_PRODUCTS: dict[str, Option] = {"xla_gpu_enable_pipelined_all_reduce": True}
+# Collectives run beside products, on an H100 unasked, on an A100 not; sums of gradients go on beside the next layer's.
+# NVIDIA's JAX-Toolbox sets the first, and names the second for FSDP (rosetta/docs/GPU_performance.md), with two for
+# gathers and scatters that made steps of 8B compute more.
+_COLLECTIVES_BESIDE_PRODUCTS: dict[str, Option] = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_pipelined_all_reduce": True,
+}
 OPTIONS: Mapping[str, Mapping[str, Option]] = {  # by `jax.Device.device_kind`, or how it begins
     "TPU v5 lite": _AND_BESIDE_KERNELS,
     "TPU v5": _GATHERS_BESIDE_PRODUCTS,
     "TPU v6 lite": _GATHERS_BESIDE_PRODUCTS | _AND_BESIDE_KERNELS,
-    "NVIDIA": _SUMS_BESIDE_PRODUCTS,
+    "NVIDIA": _COLLECTIVES_BESIDE_PRODUCTS,
 }
 # Else libtpu takes one iteration out of a loop that copies from host memory, and compiles its body twice.
 _FETCHES_AHEAD: dict[str, Option] = {"xla_tpu_pipeline_memory_host_transfers": False}

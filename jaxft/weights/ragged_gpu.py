@@ -29,7 +29,8 @@ def product(
     is_transposed: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "rows o"]:
-    """Row r of group e times `w[e]`, or times its transpose. Rows beyond the sum of `sizes` are not written."""
+    """Row r of group e times `w[e]`; or rows `[rows, o]` times its transpose, `[rows, i]`. Rows beyond the sum of
+    `sizes` are not written."""
     columns = w.shape[1 if is_transposed else 2]
     side, depth = _side(columns), _side(x.shape[1], _BYTES // x.dtype.itemsize)
     height = _side(x.shape[0])
@@ -81,19 +82,26 @@ def _tiles(sizes: Int[Array, " groups"], rows: int, height: int) -> tuple[Int[Ar
     return group, first, last
 
 
-def _mask(first: Array, side: int, end: Any) -> Array:
+def _inside(first: Array, side: int, end: Any) -> Array:
+    """Which of `side` places from `first` on lie before `end`."""
     return first + jnp.arange(side) < end
 
 
-def _masked(rows: Array | None, columns: Array | None) -> Array | None:
-    """The mask of a tile from those of its rows and columns, where None is true."""
-    if rows is None or columns is None:
-        return columns[None, :] if rows is None and columns is not None else rows if rows is None else rows[:, None]
-    return rows[:, None] & columns[None, :]
+def _inside_or_all(first: Array, side: int, size: int) -> Array | None:
+    """`_inside` of a dimension; None where tiles divide it, and all do."""
+    return None if size % side == 0 else _inside(first, side, size)
+
+
+def _both(rows: Array | None, columns: Array | None) -> Array | None:
+    """The mask of a tile from those of its rows and its columns."""
+    if columns is None:
+        return None if rows is None else rows[:, None]
+    return columns[None, :] if rows is None else rows[:, None] & columns[None, :]
 
 
 def _load(ref: Any, mask: Array | None) -> Array:
-    return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)
+    """A tile, zero where its mask is false."""
+    return triton.load(ref, mask=mask, other=None if mask is None else 0)
 
 
 def _product_kernel(
@@ -105,41 +113,36 @@ def _product_kernel(
 
     @pl.when(first < last)
     def _() -> None:
-        group, is_row = groups[tile], _mask(first, height, last)
-        is_column = None if columns % side == 0 else _mask(column, side, columns)
+        group, is_row = groups[tile], _inside(first, height, last)
+        is_column = _inside_or_all(column, side, columns)
 
         def add(step: Array, total: Array) -> Array:
             at = step * depth
-            is_summed = None if summed % depth == 0 else _mask(at, depth, summed)
-            left = _load(x.at[pl.ds(first, height), pl.ds(at, depth)], _masked(is_row, is_summed))
+            is_summed = _inside_or_all(at, depth, summed)
+            left = _load(x.at[pl.ds(first, height), pl.ds(at, depth)], _both(is_row, is_summed))
             if is_transposed:
-                right = _load(w.at[group, pl.ds(column, side), pl.ds(at, depth)], _masked(is_column, is_summed))
+                right = _load(w.at[group, pl.ds(column, side), pl.ds(at, depth)], _both(is_column, is_summed))
             else:
-                right = _load(w.at[group, pl.ds(at, depth), pl.ds(column, side)], _masked(is_summed, is_column))
+                right = _load(w.at[group, pl.ds(at, depth), pl.ds(column, side)], _both(is_summed, is_column))
             return total + triton.dot(left, right, trans_b=is_transposed)
 
         total = lax.fori_loop(0, pl.cdiv(summed, depth), add, jnp.zeros((height, side), jnp.float32))
         place = y.at[pl.ds(first, height), pl.ds(column, side)]
-        triton.store(place, total.astype(y.dtype), mask=_masked(is_row, is_column))
+        triton.store(place, total.astype(y.dtype), mask=_both(is_row, is_column))
 
 
 def _outer_kernel(x: Any, g: Any, firsts: Any, ends: Any, result: Any, *, height: int, side: int, depth: int) -> None:
     row, column, group = pl.program_id(0) * height, pl.program_id(1) * side, pl.program_id(2)
     first, end = firsts[group], ends[group]
-    is_row = None if x.shape[1] % height == 0 else _mask(row, height, x.shape[1])
-    is_column = None if g.shape[1] % side == 0 else _mask(column, side, g.shape[1])
+    is_row, is_column = _inside_or_all(row, height, x.shape[1]), _inside_or_all(column, side, g.shape[1])
 
     def add(step: Array, total: Array) -> Array:
         at = first + step * depth
-        is_summed = _mask(at, depth, end)
-        left = _load(x.at[pl.ds(at, depth), pl.ds(row, height)], _masked(is_summed, is_row))
-        right = _load(g.at[pl.ds(at, depth), pl.ds(column, side)], _masked(is_summed, is_column))
+        is_summed = _inside(at, depth, end)
+        left = _load(x.at[pl.ds(at, depth), pl.ds(row, height)], _both(is_summed, is_row))
+        right = _load(g.at[pl.ds(at, depth), pl.ds(column, side)], _both(is_summed, is_column))
         return total + triton.dot(left, right, trans_a=True)
 
     total = lax.fori_loop(0, pl.cdiv(end - first, depth), add, jnp.zeros((height, side), jnp.float32))
     place = result.at[group, pl.ds(row, height), pl.ds(column, side)]
-    mask = _masked(is_row, is_column)
-    if mask is None:
-        triton.store(place, total.astype(result.dtype))
-    else:
-        triton.store(place, total.astype(result.dtype), mask=mask)
+    triton.store(place, total.astype(result.dtype), mask=_both(is_row, is_column))

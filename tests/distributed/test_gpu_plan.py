@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import sys
 
@@ -85,10 +86,11 @@ def test_a_program_may_have_the_part_of_the_memory_that_jax_takes(monkeypatch):
 def test_the_command_line_gives_programs_what_plans_count_on(monkeypatch):
     from jaxft.cli import main
 
-    monkeypatch.delenv(topology.MEMORY_FRACTION_VARIABLE, raising=False)
+    monkeypatch.setenv(topology.MEMORY_FRACTION_VARIABLE, "")  # and unset again behind the test
+    monkeypatch.delenv(topology.MEMORY_FRACTION_VARIABLE)
     with pytest.raises(SystemExit):
         main(["--version"])
-    assert float(topology.os.environ[topology.MEMORY_FRACTION_VARIABLE]) == topology.GPU_MEMORY_FRACTION
+    assert float(os.environ[topology.MEMORY_FRACTION_VARIABLE]) == topology.GPU_MEMORY_FRACTION
 
 
 def test_a_missing_plugin_is_one_sentence_that_says_what_to_install(monkeypatch, directory, tmp_path):
@@ -118,7 +120,8 @@ def test_a_plan_for_gpus_is_that_of_the_compiled_step(method, directory):
     assert found.collective_bytes["all-gather"] > 0 and "reduce-scatter" in found.collective_bytes
     assert sum(found.memory_gib.values()) == pytest.approx(found.hbm_gib_per_chip, rel=0.02)
     assert found.roofline.step_seconds > 0 and "all 18 links" in " ".join(found.roofline.assumptions)
-    assert found.notes[0] == "compiler options: xla_gpu_enable_pipelined_all_reduce=True"
+    told = "xla_gpu_enable_latency_hiding_scheduler=True, xla_gpu_enable_pipelined_all_reduce=True"
+    assert found.notes[0] == f"compiler options: {told}"
 
 
 def runs(costs, name):
@@ -251,12 +254,18 @@ def test_nodes_may_share_parameters_and_a_collective_is_as_fast_as_its_way(direc
 
 @needs_compiler
 def test_options_are_for_several_gpus_and_left_to_the_environment(monkeypatch):
-    name = "xla_gpu_enable_pipelined_all_reduce"
+    names = {"xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_enable_pipelined_all_reduce"}
     devices = topology_devices(parse_topology("h100:2"))
-    assert compiler_options(make_mesh(MeshConfig(fsdp=2), devices)) == {name: True}
+    assert compiler_options(make_mesh(MeshConfig(fsdp=2), devices)) == dict.fromkeys(names, True)
     assert compiler_options(make_mesh(MeshConfig(), devices[:1])) == {}
-    monkeypatch.setenv("XLA_FLAGS", f"--{name}=false")
+    monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}=false" for name in names))
     assert compiler_options(make_mesh(MeshConfig(fsdp=2), devices)) == {}
+
+
+@needs_compiler
+def test_gathers_run_beside_products_on_an_a100_too(directory):
+    found = plan(config(directory, "{name: lora}", "data.seq_len=1024", "mesh.fsdp=4"), "a100:4")
+    assert found.collective_share_overlapped > 0.5
 
 
 @needs_compiler
