@@ -264,8 +264,8 @@ def test_options_are_for_several_gpus_and_left_to_the_environment(monkeypatch):
 
 @needs_compiler
 def test_gathers_run_beside_products_on_an_a100_too(directory):
-    found = plan(config(directory, "{name: lora}", "data.seq_len=1024", "mesh.fsdp=4"), "a100:4")
-    assert found.collective_share_overlapped > 0.5
+    found = plan(config(directory, "{name: full}", "data.seq_len=2048", "mesh.fsdp=4"), "a100:4")
+    assert found.collective_share_overlapped > 0.2, "none without the option"
 
 
 @needs_compiler
