@@ -195,6 +195,26 @@ def _(w: SparseDelta) -> Array:
     return _scatter_add(jax.lax.stop_gradient(materialize(w.base)), materialize(w.values), w.indices)
 
 
+def are_few(count: int, shape: tuple[int, ...]) -> bool:
+    """Whether the gradient of so many entries of a matrix takes half of the products of that of all, or less, from the
+    columns of input and gradient that belong to each."""
+    d_in, d_out = shape
+    return 2 * count * (d_in + d_out) <= d_in * d_out
+
+
+def _entries_by_columns(
+    x: Float[Array, "... d_in"], g: Float[Array, "... d_out"], indices: Int[Array, " k"], shape: tuple[int, ...]
+) -> Float[Array, " k"]:
+    """Entries of `x^T g`, each the product of two columns. A TPU picks columns faster by a product than by a gather."""
+    indices = indices if jax.sharding.get_abstract_mesh().size <= 1 else _everywhere(indices)
+    places = _coordinates(indices, shape)  # padding lies beyond the rows, so that its column is zero
+    left, right = (
+        jnp.matmul(a, jax.nn.one_hot(place, size, dtype=a.dtype, axis=0)).astype(jnp.float32)
+        for a, place, size in zip((as_rows(x), as_rows(g)), places, shape, strict=True)
+    )
+    return jnp.sum(left * right, axis=tuple(range(left.ndim - 1)))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sparse_matmul(x: Array, base: Array, values: Array, indices: Array, stages: Stages | None) -> Array:
     return jnp.matmul(x, gathered(_tuned_matrix(base, values, indices, _division(stages)), stages or ()))
@@ -207,11 +227,13 @@ def _sparse_forward(
 
 
 def _sparse_backward(stages: Stages | None, residuals: tuple[Array, ...], g: Array) -> tuple[Array | None, ...]:
-    # One layer's dense product is transient (it dies within the layer); only its `k` entries leave the backward pass.
     x, base, values, indices = residuals
     tuned = _tuned_matrix(base, values, indices, _division(stages))
     dx = jnp.matmul(g, gathered(tuned, stages or ()).T)
-    entries = _entries_of(divided_gradient(x, g, stages), indices, _division(stages))
+    if are_few(indices.size, base.shape):
+        entries = _entries_by_columns(x, g, indices, base.shape)
+    else:  # one layer's dense product is transient (it dies within the layer): only its `k` entries leave it
+        entries = _entries_of(divided_gradient(x, g, stages), indices, _division(stages))
     return dx, None, entries.astype(values.dtype), None
 
 

@@ -390,6 +390,22 @@ def test_sparse_gradient_is_the_dense_one_at_the_indices_and_padding_stays_zero(
     np.testing.assert_array_equal(materialize(marked), materialize(w))
 
 
+@pytest.mark.parametrize("count", [4, 40])
+def test_few_entries_have_their_gradients_without_that_of_the_matrix(count):
+    size = 64 * 96
+    indices = jnp.append(jnp.arange(count - 1) * 131 % size, size)  # the last is padding
+    w, x, g = SparseDelta(normal(0, 64, 96), jnp.zeros(count), indices), normal(1, 3, 5, 64), normal(2, 3, 5, 96)
+
+    def pulled(x, g):
+        return jax.vjp(lambda v: linear(x, w.replace(values=v)), w.values)[1](g)[0]
+
+    expected = gather_flat(jnp.einsum("abi,abo->io", x, g), indices)
+    np.testing.assert_allclose(pulled(x, g), expected, rtol=1e-5, atol=1e-6)
+    assert expected[-1] == 0 != expected[0]
+    products = [eqn for eqn, _ in equations(jax.make_jaxpr(pulled)(x, g).jaxpr) if eqn.primitive.name == "dot_general"]
+    assert any(eqn.outvars[0].aval.size == size for eqn in products) == (count == 40)
+
+
 def test_block_gradient_is_the_dense_one_in_the_blocks_and_padding_stays_zero():
     w = jax.tree.map(lambda a: a[2], combine(cut("BlockSplit"))["w"])
     x, g = normal(1, 5, D), normal(2, 5, D)
