@@ -1,4 +1,4 @@
-"""`jaxft plan`: does the run fit a TPU topology, and how fast would it be?"""
+"""`jaxft plan`: does the run fit some TPUs or GPUs, and how fast would it be?"""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -25,14 +25,19 @@ def plan(
     ] = None,
     topology: Annotated[
         str,
-        typer.Option("--topology", "-t", help="GENERATION:SHAPE of the TPU slice; 4*v5e:16x16 is four slices."),
+        typer.Option(
+            "--topology",
+            "-t",
+            help="GENERATION:SHAPE of the TPU slice, 4*v5e:16x16 is four slices; h100:8 are eight GPUs of a machine.",
+        ),
     ] = "v5e:4x4",
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")] = False,
 ) -> None:
-    """Compile the train step of a run for a TPU that is not here, and say whether it fits.
+    """Compile the train step of a run for TPUs or GPUs that are not here, and say whether it fits.
 
-    Needs the TPU compiler (`pip install "jaxft\\[tpu]"`), no TPU and no weights: `model.path=preset:llama3.1-8b` stands
-    for the shapes of a well-known model. The program is the one that `jaxft train` would run.
+    Needs the compiler for TPUs (`pip install "jaxft\\[tpu]"`) or GPUs (`pip install "jaxft\\[cuda]"`), neither of these,
+    and no weights: `model.path=preset:llama3.1-8b` stands for the shapes of a well-known model. The program is the one
+    that `jaxft train` would run.
 
     [bold]Examples[/bold]
 
@@ -41,6 +46,8 @@ def plan(
         jaxft plan configs/llama3.1-70b-lora.yaml mesh.tensor=4 -t v5p:4x4x4 --json
 
         jaxft plan run.yaml model.path=preset:qwen3-8b -t v6e-16
+
+        jaxft plan configs/llama3.1-8b-full.yaml mesh=auto -t h100:8
     """
     from jaxft.config import load_config
     from jaxft.distributed.plan import plan as make_plan

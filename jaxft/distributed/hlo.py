@@ -535,10 +535,8 @@ def _collective(op: Instruction, kind: str, scope: dict) -> Collective:
 def replica_groups(attributes: str) -> list[list[int]]:
     """Which devices exchange something with each other; empty where it does not say (all with all)."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? *\{([^}]*)\}", attributes):
-        shape, inside = (
-            list[int](),
-            list[int](),
-        )  # the parts of all axes, and which of these the devices of a group span
+        shape: list[int] = []  # the parts of all axes
+        inside: list[int] = []  # which of these the devices of a group span
         named = [(a, int(m or 1), int(n or 0)) for a, m, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[3])]
         for axis, text in re.findall(r"'([^']+)'=(\d+)", mesh[1]):
             size = int(text)

@@ -1,7 +1,7 @@
-"""What a run needs on a TPU topology, before one is rented: the train step that will run, compiled ahead of time.
+"""What a run needs on TPUs or GPUs, before they are rented: the train step that will run, compiled ahead of time.
 
 `plan(config, topology)` builds the model, the method and the optimizer of a configuration as shapes, compiles the train
-step with XLA's own TPU compiler and reads the result: memory of a chip and what for, FLOPs, collectives, and a roofline
+step with XLA's own compiler and reads the result: memory of a chip and what for, FLOPs, collectives, and a roofline
 estimate of the step time.
 """
 
@@ -149,10 +149,10 @@ def plan(config: Any, topology: str | Topology) -> Plan:
     Args:
         config: a checked configuration (`jaxft.config.load_config`); `model.path` may be `preset:NAME`, for the shapes
             of a well-known model. Data is not read.
-        topology: a name such as `v5e:4x4` (see `parse_topology`).
+        topology: a name such as `v5e:4x4` or `h100:8` (see `parse_topology`).
 
     Raises:
-        TopologyError: an unknown topology, or the TPU compiler is not installed.
+        TopologyError: an unknown topology, or its compiler is not installed.
         MeshError: the mesh or the batch does not divide over the topology.
         JaxftError: the model or the method cannot be planned.
     """
@@ -466,7 +466,6 @@ def estimate(
     if topology.slices > 1 and not chip.is_gpu:
         network = 2 * (topology.slices - 1) / topology.slices * gradient_bytes / chip.network_bandwidth
     step = max(compute, memory, overlapped) + collective - overlapped + network
-    wires = f"{chip.link_bandwidth / 1e9:.0f} GB/s a link and direction"
     links = f"all {chip.links} links" if chip.is_gpu else "both directions of one ring of links"
     between = f"{chip.network_bandwidth / 1e9:g} GB/s a chip"
     return Roofline(
@@ -481,7 +480,7 @@ def estimate(
         tokens_per_second=tokens / step,
         assumptions=(
             f"{chip.generation}: {chip.flops / 1e12:.0f} TFLOP/s bf16, {chip.hbm_bandwidth / 1e9:.0f} GB/s memory, "
-            f"{wires} ({chip.source})",
+            f"{chip.link_bandwidth / 1e9:.0f} GB/s a link and direction ({chip.source})",
             "matrix products at peak; weights are read once a pass, optimizer state read and written once",
             f"collectives use {links}, and those the compiler overlaps with matrix products cost nothing unless they "
             "take longer than those; in the cautious figure, than those beside them",
