@@ -35,8 +35,8 @@ def plan(
 ) -> None:
     """Compile the train step of a run for TPUs or GPUs that are not here, and say whether it fits.
 
-    Needs the compiler for TPUs (`pip install "jaxft\\[tpu]"`) or GPUs (`pip install "jaxft\\[cuda]"`), neither of these,
-    and no weights: `model.path=preset:llama3.1-8b` stands for the shapes of a well-known model. The program is the one
+    Needs the compiler for TPUs (`pip install "jaxft\\[tpu]"`) or for GPUs (`pip install "jaxft\\[cuda]"`).
+    No weights: `model.path=preset:llama3.1-8b` stands for the shapes of a well-known model. The program is the one
     that `jaxft train` would run.
 
     [bold]Examples[/bold]
