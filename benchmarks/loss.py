@@ -1,8 +1,9 @@
-"""The linear cross-entropy of jaxft beside tokamax's: compiled for one TPU chip, without a TPU, or timed on a device.
+"""The linear cross-entropy of jaxft beside tokamax's: compiled for a chip or GPU that is not here, or timed on one.
 
     # not a dependency: its newest version may want another jax
     pip install --no-deps --target /tmp/tokamax tokamax immutabledict einshape qwix tensorboardx typeguard==2.13.3
     PYTHONPATH=/tmp/tokamax python benchmarks/loss.py [--topology v5e:1x1] [--tokens 2048 8192]
+    PYTHONPATH=/tmp/tokamax python benchmarks/loss.py --topology h200    # for a GPU
     PYTHONPATH=/tmp/tokamax python benchmarks/loss.py --here         # times them on the first device of this machine
 
 Without tokamax it prints the other rows alone and says so. Loss and gradients of Llama-3-8B's head (4096 x 128256,
@@ -16,6 +17,7 @@ function forms all logits there, as does the third loss, which is what JAX makes
 """
 
 import argparse
+import itertools
 import math
 import re
 import statistics
@@ -51,7 +53,7 @@ except ImportError as error:
     tokamax, MISSING = None, str(error)
 
 
-def jaxft_step(hidden: Any, head: Any, targets: Any, weights: Any, trained: bool, chunks: int | None) -> Any:
+def jaxft_step(hidden: Any, head: Any, targets: Any, weights: Any, trained: bool, chunks: int | None = None) -> Any:
     def loss(hidden: Any, head: Any) -> Any:
         logits = lambda h: jnp.matmul(h, head)  # noqa: E731
         return cross_entropy(hidden[None], targets[None], weights[None], logits, chunks=chunks).loss
@@ -179,18 +181,20 @@ def tokamax_here(hidden: Any, head: Any, targets: Any, weights: Any, trained: bo
     return jax.value_and_grad(loss, argnums=(0, 1) if trained else 0)(hidden, head)
 
 
+LOSSES: dict[str, Callable] = {"jaxft": jaxft_step, "whole logits": whole_step}
+if tokamax is not None:
+    LOSSES["tokamax"] = tokamax_here
+
+
 def timed(tokens: int, dim: int, vocab: int, repeats: int) -> list[str]:
     """Rows of the table: every loss, its head trained and frozen, on the first device."""
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (tokens, dim), jnp.bfloat16)
     head = jax.random.normal(keys[1], (dim, vocab), jnp.bfloat16) / dim**0.5
     arguments = hidden, head, jax.random.randint(keys[2], (tokens,), 0, vocab), jnp.ones(tokens)
-    losses = {"jaxft": partial(jaxft_step, chunks=None), "whole logits": whole_step}
-    if tokamax is not None:
-        losses["tokamax"] = tokamax_here
     rows = []
     for trained in (True, False):
-        steps = {name: jax.jit(partial(s, trained=trained)).lower(*arguments).compile() for name, s in losses.items()}
+        steps = {name: jax.jit(partial(s, trained=trained)).lower(*arguments).compile() for name, s in LOSSES.items()}
         found = {name: float(jax.block_until_ready(step(*arguments))[0]) for name, step in steps.items()}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(repeats):
@@ -230,12 +234,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for topology in map(parse_topology, options.topology):
         for tokens in options.tokens:
-            for trained in (True, False):
-                step = compiled(partial(jaxft_step, trained=trained, chunks=options.chunks), topology, tokens)
+            losses = LOSSES if topology.chip.is_gpu else {"jaxft": jaxft_step}
+            for trained, (name, loss) in itertools.product((True, False), losses.items()):
+                own = {"chunks": options.chunks} if name == "jaxft" else {}
+                step = compiled(partial(loss, trained=trained, **own), topology, tokens)
                 text = step.as_text()
                 flops = hlo.costs(hlo.parse(text)).flops
-                print(row("jaxft", topology, tokens, trained, step, flops, hbm_bytes(text)), flush=True)
-            if tokamax is not None:
+                print(row(name, topology, tokens, trained, step, flops, hbm_bytes(text)), flush=True)
+            if tokamax is not None and not topology.chip.is_gpu:
                 columns = 512 if topology.generation.startswith("v5") else 2048  # its own choice for the chip
                 step = compiled(lambda h, w, t, _, columns=columns: tokamax_step(h, w, t, columns), topology, tokens)
                 flops = 8 * tokens * DIM * VOCAB  # four products: it computes the logits twice
