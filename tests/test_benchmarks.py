@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxft.distributed.topology import MISSING_CUDA, find_cuda_plugin
+from jaxft.distributed.topology import CHIPS, MISSING_CUDA, find_cuda_plugin
 from tests.environment import xla_flags
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -77,6 +77,7 @@ def test_a_gpu_run_that_finds_no_gpu_says_so_and_the_page_says_what_is_known(ben
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert gpu.peak_flops("NVIDIA L40S") != gpu.peak_flops("NVIDIA L4")
     assert gpu.peak_flops("cpu") is None
+    assert all(gpu.peak_flops(chip.target.name) == chip.flops for chip in CHIPS.values() if chip.is_gpu), "as plans say"
     missing = gpu.unusable(
         job(bench, "torch", "full", device="gpu"),
         {"failed": "RuntimeError: PyTorch has no GPU here"},

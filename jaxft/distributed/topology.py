@@ -322,20 +322,19 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     Raises:
         TopologyError: the compiler is not installed, or does not know the topology.
     """
-    is_gpu = topology.chip.is_gpu
-    if is_gpu and not find_cuda_plugin():
-        raise TopologyError(MISSING_CUDA.format(version=jax.__version__))
-    library = None if is_gpu else compiler()
-    if not is_gpu and library is None:
-        raise TopologyError(MISSING)
     try:
-        description = _tpu_description(topology, library) if library else _gpu_description(topology)
+        description = _gpu_description(topology) if topology.chip.is_gpu else _tpu_description(topology)
+    except TopologyError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise TopologyError(f"the compiler refuses {topology}: {str(error).splitlines()[0]}") from error
     return list(description.devices)
 
 
-def _tpu_description(topology: Topology, library: Path) -> Any:
+def _tpu_description(topology: Topology) -> Any:
+    library = compiler()
+    if library is None:
+        raise TopologyError(MISSING)
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
@@ -347,6 +346,8 @@ def _tpu_description(topology: Topology, library: Path) -> Any:
 
 
 def _gpu_description(topology: Topology) -> Any:
+    if not find_cuda_plugin():
+        raise TopologyError(MISSING_CUDA.format(version=jax.__version__))
     from jax.experimental import topologies
 
     layout = f"{topology.slices}x1x{topology.layout}"  # nodes, processes of a node, GPUs of a process

@@ -205,7 +205,8 @@ def are_few(count: int, shape: tuple[int, ...]) -> bool:
 def _entries_by_columns(
     x: Float[Array, "... d_in"], g: Float[Array, "... d_out"], indices: Int[Array, " k"], shape: tuple[int, ...]
 ) -> Float[Array, " k"]:
-    """Entries of `x^T g`, each the product of two columns. A TPU picks columns faster by a product than by a gather."""
+    """Entries of `x^T g`, each the product of two columns. Products with zeros and ones pick these, as they divide over
+    a mesh like any other."""
     indices = indices if jax.sharding.get_abstract_mesh().size <= 1 else _everywhere(indices)
     places = _coordinates(indices, shape)  # padding lies beyond the rows, so that its column is zero
     left, right = (

@@ -45,6 +45,13 @@ output: out
     return parse_config(text, overrides)
 
 
+GEMMA = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "sliding_window": 200,
+    "sliding_window_pattern": 3,
+    "tie_word_embeddings": True,
+}
 MIXTURE = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 
 

@@ -60,6 +60,7 @@ from jaxft.weights import RowSplit
 from jaxft.weights.rows import SOME_EXPERTS
 from tests.distributed.planned import (
     DIM,
+    GEMMA,
     HEAD_DIM,
     HEADS,
     INNER,
@@ -444,15 +445,6 @@ def test_the_plan_is_that_of_the_compiled_step(directory):
     assert found.collective_bytes["all-gather"] + found.collective_bytes.get("collective-permute", 0) > 0
     assert 0 < found.roofline.mfu < 1
     assert json.loads(json.dumps(found.record()))["fits"] is True
-
-
-GEMMA = {
-    "model_type": "gemma3_text",
-    "architectures": ["Gemma3ForCausalLM"],
-    "sliding_window": 200,
-    "sliding_window_pattern": 3,
-    "tie_word_embeddings": True,
-}
 
 
 @needs_compiler
